@@ -1,0 +1,199 @@
+"""Networks as pure functions of their parameters, and batch norm whose statistics are an argument.
+
+``call(network, params, images)`` never changes the network. Three sources of batch-norm statistics cover every use:
+the batch itself (training), its first S images (MetaBN: the support set speaks for the queries, so that no query sees
+another), or given running statistics (inference).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Params = dict[str, Tensor]
+Statistics = Mapping[str, Tensor]
+
+_first_images: ContextVar[int | None] = ContextVar("first_images", default=None)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm that can take its statistics from the first S images of the batch, differentiably.
+
+    Inside :func:`statistics_of_first` all images are normalised by the statistics of the first S ("MetaBN", Bronskill
+    et al. 2020, TaskNorm, section 3). Elsewhere it is ``nn.BatchNorm2d``.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalises.
+
+        Args:
+            images: float [N, C, H, W].
+
+        Returns:
+            float [N, C, H, W].
+        """
+        first = _first_images.get()
+        if first is None:
+            return super().forward(images)
+        if first == len(images):
+            return F.batch_norm(images, None, None, self.weight, self.bias, training=True, eps=self.eps)
+        variance, mean = torch.var_mean(images[:first], (0, 2, 3), correction=0)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return images * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
+
+
+@contextmanager
+def statistics_of_first(count: int) -> Iterator[None]:
+    """Within the context, every :class:`BatchNorm` uses the statistics of the first ``count`` images.
+
+    Args:
+        count: S, at most the number of images.
+
+    Yields:
+        Nothing.
+    """
+    token = _first_images.set(count)
+    try:
+        yield
+    finally:
+        _first_images.reset(token)
+
+
+def params_of(network: nn.Module) -> Params:
+    """Copies of the trainable parameters, ready for gradients.
+
+    Args:
+        network: any module.
+
+    Returns:
+        Leaf tensors by name.
+    """
+    return {name: value.detach().clone().requires_grad_() for name, value in network.named_parameters()}
+
+
+def call(
+    network: nn.Module,
+    params: Params,
+    images: Tensor,
+    *,
+    first: int | None = None,
+    statistics: Statistics | None = None,
+    method: str = "forward",
+) -> Tensor:
+    """The network as a function of its parameters.
+
+    Args:
+        network: a module whose batch norms are :class:`BatchNorm`.
+        params: parameters by name; absent ones are the network's own.
+        images: float [N, C, H, W], already normalised by the input spec.
+        first: batch-norm statistics come from the first ``first`` images; all of the batch when neither this nor
+            ``statistics`` is given.
+        statistics: running statistics by buffer name (inference).
+        method: ``"forward"`` for logits, ``"features"`` for the encoder alone.
+
+    Returns:
+        float [N, K] or [N, D].
+    """
+    context: Any = nullcontext() if statistics is not None else statistics_of_first(first or len(images))
+    with context:
+        out: Tensor = torch.func.functional_call(
+            _Method(network, method), {f"network.{k}": v for k, v in {**params, **(statistics or {})}.items()}, images
+        )
+    return out
+
+
+class _Method(nn.Module):
+    """Another method of a module as ``forward``, since ``functional_call`` knows no other."""
+
+    def __init__(self, network: nn.Module, method: str) -> None:
+        super().__init__()
+        self.network = network
+        self.method = method
+
+    def forward(self, images: Tensor) -> Tensor:
+        out: Tensor = getattr(self.network, self.method)(images)
+        return out
+
+
+def running_statistics(network: nn.Module, params: Params, images: Tensor, chunk: int = 256) -> dict[str, Tensor]:
+    """Batch-norm statistics re-estimated on images, layer by layer exactly as the network will use them.
+
+    Args:
+        network: a module; not changed.
+        params: parameters by name.
+        images: float [N, C, H, W], normalised.
+        chunk: images per forward pass; the statistics are the mean over equal chunks.
+
+    Returns:
+        The network's buffers by name, with ``running_mean`` and ``running_var`` replaced.
+    """
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    buffers = {name: buffer.detach().clone() for name, buffer in network.named_buffers()}
+    saved = [(module.training, module.momentum) for module in norms]
+    for module in norms:
+        module.train()
+        module.momentum = None  # cumulative average
+    for name, buffer in buffers.items():
+        buffer.fill_(1 if name.endswith("running_var") else 0)
+    with torch.no_grad():
+        for part in images.split(chunk):
+            if len(part) == chunk or len(images) < chunk:
+                torch.func.functional_call(network, {**params, **buffers}, part)
+    for module, (training, momentum) in zip(norms, saved):
+        module.train(training)
+        module.momentum = momentum
+    return buffers
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, chunk: int = 256) -> Tensor:
+    """Applies a function to images in chunks without gradients, so that memory stays bounded.
+
+    Args:
+        function: [n, …] to [n, …].
+        images: [N, …].
+        chunk: n.
+
+    Returns:
+        [N, …].
+    """
+    with torch.no_grad():
+        return torch.cat([function(part) for part in images.split(chunk)])
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 stay as they are.
+
+    Args:
+        tensor: floating point, any shape.
+
+    Returns:
+        Same shape.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def half_precision() -> torch.autocast:
+    """Autocast to bfloat16 where the processor multiplies it natively (AMX, or a GPU), else no cast.
+
+    Returns:
+        A context manager. Outside AMX, bfloat16 convolutions on a CPU are slower than float32.
+    """
+    native = bool(torch.cpu._is_amx_tile_supported())
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=native)
+
+
+def moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of features, safe to divide by.
+
+    Args:
+        features: float [N, D].
+
+    Returns:
+        Mean [D] and deviation [D]; a unit that never moves gets a small deviation, lest it blow up on other images.
+    """
+    std, mean = torch.std_mean(features.float(), 0)
+    return mean, std + 1e-3 * std.mean() + 1e-6

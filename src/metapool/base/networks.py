@@ -1,0 +1,160 @@
+"""Networks by name: the Conv4, ResNet-10 and ResNet-18 of the few-shot papers, with a width.
+
+Every network is an encoder and a head: ``features(images) -> [N, D]`` and ``forward = head(features)``.
+"""
+
+from typing import Literal
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metapool.base.functional import BatchNorm
+from metapool.base.store import Settings
+
+Architecture = Literal["conv4", "resnet10", "resnet18"]
+RESNET_BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
+
+
+class NetworkSpec(Settings):
+    """Name and size of a network: all that is needed to build it before its weights are loaded."""
+
+    architecture: Architecture
+    """``conv4``, ``resnet10`` or ``resnet18``."""
+    width: int = pydantic.Field(ge=1, le=512)
+    """Channels of the first block; ResNets double it at every further stage."""
+    classes: int = pydantic.Field(ge=1, le=10_000)
+    """Outputs of the head."""
+    channels: int = pydantic.Field(ge=1, le=16)
+    """Image channels."""
+    height: int = pydantic.Field(ge=16, le=1024)
+    """Image height; Conv4's features depend on it."""
+    image_width: int = pydantic.Field(ge=16, le=1024)
+    """Image width."""
+
+
+class Network(nn.Module):
+    """An encoder with a linear head.
+
+    Args:
+        encoder: images [N, C, H, W] to features [N, D].
+        dimension: D.
+        classes: K.
+    """
+
+    def __init__(self, encoder: nn.Module, dimension: int, classes: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(dimension, classes)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features before the head.
+
+        Args:
+            images: float [N, C, H, W], normalised.
+
+        Returns:
+            float [N, D].
+        """
+        out: Tensor = self.encoder(images)
+        return out
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits.
+
+        Args:
+            images: float [N, C, H, W], normalised.
+
+        Returns:
+            float [N, K].
+        """
+        out: Tensor = self.head(self.features(images))
+        return out
+
+
+def _conv_block(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1), BatchNorm(outputs), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+    )
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions and a shortcut (He et al. 2016, basic block).
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        stride: of the first convolution and of the shortcut.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = BatchNorm(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = BatchNorm(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), BatchNorm(outputs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The block's map.
+
+        Args:
+            images: float [N, inputs, H, W].
+
+        Returns:
+            float [N, outputs, H / stride, W / stride].
+        """
+        out = F.relu(self.norm1(self.conv1(images)))
+        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(images))
+
+
+def build(spec: NetworkSpec, generator: torch.Generator) -> Network:
+    """A freshly initialised network (He et al. 2015 for convolutions, zero biases).
+
+    Args:
+        spec: which.
+        generator: source of the initial weights.
+
+    Returns:
+        The network, in eval mode.
+    """
+    width = spec.width
+    if spec.architecture == "conv4":
+        encoder = nn.Sequential(
+            *[_conv_block(spec.channels if block == 0 else width, width) for block in range(4)], nn.Flatten()
+        )
+        dimension = width * (spec.height // 16) * (spec.image_width // 16)
+    else:
+        stem = [nn.Conv2d(spec.channels, width, 3, padding=1, bias=False), BatchNorm(width), nn.ReLU(inplace=True)]
+        blocks: list[nn.Module] = []
+        inputs = width
+        for stage, count in enumerate(RESNET_BLOCKS[spec.architecture]):
+            outputs = width * 2**stage
+            for block in range(count):
+                blocks.append(ResidualBlock(inputs, outputs, 2 if stage > 0 and block == 0 else 1))
+                inputs = outputs
+        encoder = nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        dimension = inputs
+    network = Network(encoder, dimension, spec.classes)
+    initialise(network, generator)
+    return network.eval()
+
+
+def initialise(network: nn.Module, generator: torch.Generator) -> None:
+    """Draws all weights anew, in place.
+
+    Args:
+        network: convolutions and linear layers get He normal weights and zero biases, batch norm ones and zeros.
+        generator: source of the weights.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(module.weight, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.reset_parameters()

@@ -1,0 +1,135 @@
+"""Accuracy on stored episodes with intervals, paired differences, and the cost of an answer."""
+
+import statistics
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import stats
+
+from metapool.base.images import LabelledImages, to_float
+from metapool.base.store import Progress, silent
+from metapool.episodes import Episodes
+from metapool.learners import FewShotModel
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % confidence interval, in percent.
+
+    Attributes:
+        mean: the mean.
+        low: lower end.
+        high: upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def ci95(self) -> float:
+        """Half the interval's length."""
+        return (self.high - self.low) / 2
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracy of one model on every episode.
+
+    Attributes:
+        accuracies: float64 [E], fractions in [0, 1].
+    """
+
+    accuracies: NDArray[np.float64]
+
+    @property
+    def interval(self) -> Interval:
+        """Mean accuracy in percent."""
+        return mean_interval(100 * self.accuracies)
+
+
+def mean_interval(values: NDArray[np.float64]) -> Interval:
+    """Mean and 95 % interval by Student's t.
+
+    Args:
+        values: float64 [E], E ≥ 2 (one value has no interval: its ends are the value).
+
+    Returns:
+        The interval.
+    """
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Interval(mean, mean, mean)
+    half = float(stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)))
+    return Interval(mean, mean - half, mean + half)
+
+
+def evaluate(model: FewShotModel, images: LabelledImages, episodes: Episodes, progress: Progress = silent) -> Scores:
+    """Accuracy on every episode; every image is encoded once, whatever the number of episodes it stands in.
+
+    Args:
+        model: the model. Logits may carry leading axes [V, Q, K]; accuracies are then averaged over them.
+        images: what the episodes index.
+        episodes: the episodes.
+        progress: called now and then.
+
+    Returns:
+        The accuracies.
+    """
+    encoded = model.encode(to_float(images.images))
+    accuracies = np.empty(len(episodes))
+    for index, (support, query) in enumerate(zip(episodes.support, episodes.query)):
+        logits = model.classify(encoded[support.flatten()], episodes.support_labels, encoded[query.flatten()])
+        accuracies[index] = (logits.argmax(-1) == episodes.query_labels).double().mean().item()
+        if (index + 1) % 100 == 0:
+            progress("evaluate", index + 1, len(episodes))
+    return Scores(accuracies)
+
+
+def paired_difference(first: Scores, second: Scores) -> Interval:
+    """Mean difference ``first − second`` over the same episodes, in percent points.
+
+    Args:
+        first: accuracies of one model.
+        second: accuracies of another on the same episodes.
+
+    Returns:
+        The interval; above zero means that the first is better.
+
+    Raises:
+        ValueError: when the numbers of episodes differ.
+    """
+    if len(first.accuracies) != len(second.accuracies):
+        raise ValueError("paired scores need the same episodes")
+    return mean_interval(100 * (first.accuracies - second.accuracies))
+
+
+def milliseconds_per_image(model: FewShotModel, images: LabelledImages, way: int = 5, repeats: int = 5) -> float:
+    """Time to answer one query on one thread: its encoding and its share of classifying, support known.
+
+    Args:
+        model: the model.
+        images: some images; a few dozen are used.
+        way: classes of the made-up episode.
+        repeats: the median is taken over so many.
+
+    Returns:
+        Milliseconds per query image, in batches of 50; of one answer, where a model gives several.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        picked = to_float(images.images[torch.arange(50 + way) % len(images)])
+        support = model.encode(picked[:way])
+        times: list[float] = []
+        for _ in range(repeats + 1):
+            started = time.perf_counter()
+            logits = model.classify(support, torch.arange(way), model.encode(picked[way:]))
+            times.append(time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    answers = logits.shape[0] if logits.dim() == 3 else 1
+    return 1000 * statistics.median(times[1:]) / len(picked[way:]) / answers

@@ -1,0 +1,1 @@
+"""Where people meet metapool: command line, recipes, report."""

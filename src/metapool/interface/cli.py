@@ -1,0 +1,286 @@
+"""The console script: each command parses, calls one function, prints."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import metapool
+from metapool.base.errors import MetapoolError
+from metapool.base.store import Store
+from metapool.interface import recipe as recipes
+from metapool.interface.run import pool_summary, run, run_summary
+from metapool.interface.use import evaluate_saved, predict
+from metapool.realdata.pretrain import OracleSettings, PoolSettings, build_pool, train_oracle
+
+ABOUT = """From a pool of trained classifiers, without their data, to one small few-shot learner.
+
+Start with `metapool run`: it takes the pool that comes with metapool, makes a few-shot learner of it and writes a
+report. With a pool of your own: `metapool pool build`, then `metapool run --pool FOLDER`, then `metapool predict`."""
+
+
+@dataclass
+class Run:
+    """Make a few-shot learner of a pool, compare it with its rivals, write a report (`metapool run --help`)."""
+
+    def __call__(self) -> None:
+        """Runs the main job."""
+        _run([])
+
+
+@dataclass
+class Evaluate:
+    """Score a saved model on few-shot episodes of new classes."""
+
+    model: Path
+    """Folder of a saved model, for example runs/main/model."""
+    data: str = "icons"
+    """Folder `<class>/<images>` of any size and colour, or a shipped domain or published benchmark (its meta-test
+    classes)."""
+    root: str | None = None
+    """Folder of a published benchmark's files."""
+    way: int = 5
+    """Classes of an episode."""
+    shot: int = 1
+    """Support images of a class."""
+    query: int = 15
+    """Query images of a class."""
+    episodes: int = 600
+    """Number of episodes."""
+    seed: int = 0
+    """Of the draw of episodes."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        """Scores and prints."""
+        asked = (self.way, self.shot, self.query, self.episodes, self.seed)
+        result = evaluate_saved(self.model, self.data, *asked, root=self.root)
+        text = "{way}-way {shot}-shot: {mean:.2f} ± {ci95:.2f} % over {episodes} episodes ({hash})".format(**result)
+        print(json.dumps(result) if self.json else text)
+
+
+@dataclass
+class Predict:
+    """Label images by a few examples of each class."""
+
+    model: Path
+    """Folder of a saved model, for example runs/main/model."""
+    support: Path
+    """Folder `<class>/<images>`: at least two classes, at least one image each."""
+    query: tuple[Path, ...]
+    """Image files, or folders of them."""
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        """Predicts and prints."""
+        found = predict(self.model, self.support, self.query)
+        if self.json:
+            print(json.dumps(found))
+            return
+        for answer in found:
+            print(f"{answer['file']}\t{answer['class']}\t{answer['probability']:.3f}")
+
+
+@dataclass
+class Oracle:
+    """Train the same learner on the real meta-train images: the upper reference, the one command that reads them."""
+
+    data: str = "icons"
+    """A shipped domain or a published benchmark (meta-train classes), a CSV file or a folder."""
+    root: str | None = None
+    """Folder of a published benchmark's files."""
+    size: int = 32
+    """Side of the images in pixels, for a folder or CSV."""
+    channels: int = 3
+    """Image channels, for a folder or CSV: 1 grey, 3 colour."""
+    out: Path = Path("runs/oracle/model")
+    """Where the model goes."""
+    settings: Annotated[OracleSettings, tyro.conf.arg(name="")] = field(default_factory=OracleSettings)
+    """How it is trained."""
+    seed: int = 0
+    """Of everything random."""
+
+    def __call__(self) -> None:
+        """Trains and saves."""
+        with _progress() as progress:
+            images = recipes.training_images(self.data, self.size, self.channels, self.root)
+            train_oracle(images, self.settings, self.seed, self.out, progress)
+        root = f" --root {self.root}" if self.root else ""
+        print(f"saved {self.out}; score it with: metapool evaluate --model {self.out} --data {self.data}{root}")
+
+
+@dataclass
+class PoolBuild:
+    """Train a pool from images: each model on its own random classes."""
+
+    out: Path
+    """Folder of the new pool."""
+    data: str = "icons"
+    """A shipped domain or a published benchmark (meta-train classes), a CSV file `path,label`, or a folder
+    `<class>/<images>`."""
+    root: str | None = None
+    """Folder of a published benchmark's files (`--data cifar_fs`, `cub`, `mini_imagenet`)."""
+    size: int = 32
+    """Side of the images in pixels, for a folder or CSV."""
+    channels: int = 3
+    """Image channels, for a folder or CSV: 1 grey, 3 colour."""
+    settings: Annotated[PoolSettings, tyro.conf.arg(name="")] = field(default_factory=PoolSettings)
+    """How the models are trained."""
+    licence: str = ""
+    """Licence of the weights, noted in the pool."""
+    seed: int = 0
+    """Of everything random."""
+    jobs: int = 0
+    """Worker processes; 0 takes as many as there are cores."""
+    store: Path = Path("store")
+    """Folder where finished models are kept until the pool is whole."""
+
+    def __call__(self) -> None:
+        """Trains and shows the pool."""
+        with _progress() as progress:
+            images = recipes.training_images(self.data, self.size, self.channels, self.root)
+            store = Store(self.store, jobs=self.jobs or recipes.cores(), progress=progress)
+            build_pool(images, self.settings, store, self.out, name=self.out.name, seed=self.seed, licence=self.licence)
+        PoolShow(str(self.out))()
+
+
+@dataclass
+class PoolShow:
+    """List the models of a pool."""
+
+    pool: Annotated[str, tyro.conf.Positional] = "icons-30"
+    """A shipped pool's name, or a folder."""
+    json: bool = False
+    """Print pool.json instead of a table."""
+
+    def __call__(self) -> None:
+        """Prints."""
+        pool = recipes.open_pool(self.pool)
+        if self.json:
+            print(pool.manifest.model_dump_json(indent=1))
+            return
+        table = Table(
+            "id", "architecture", "input", "accuracy %", "licence", "classes", title=escape(pool.manifest.name)
+        )
+        for entry in pool.manifest.models:
+            network, size = entry.network, "x".join(map(str, entry.input.shape))
+            accuracy = "" if entry.accuracy is None else f"{entry.accuracy:.1f}"
+            name = f"{network.architecture}:{network.width}"
+            table.add_row(entry.id, name, size, accuracy, escape(entry.licence), escape(", ".join(entry.classes)))
+        Console().print(table)
+        print(pool_summary(pool))
+
+
+@dataclass
+class Pool:
+    """Build a pool of models, or list one (`metapool pool build`, `metapool pool show`)."""
+
+    command: Annotated[
+        Annotated[PoolBuild, tyro.conf.subcommand("build", prefix_name=False)]
+        | Annotated[PoolShow, tyro.conf.subcommand("show", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+
+    def __call__(self) -> None:
+        """Passes on."""
+        self.command()
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+    | Annotated[Predict, tyro.conf.subcommand("predict", prefix_name=False)]
+    | Annotated[Pool, tyro.conf.subcommand("pool", prefix_name=False)]
+    | Annotated[Oracle, tyro.conf.subcommand("oracle", prefix_name=False)]
+)
+
+
+class _progress:
+    """A bar per stage on a terminal, nothing elsewhere."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.console = Console(stderr=True)
+        self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "_progress":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, kind: str, done: int, total: int) -> None:
+        if kind not in self.tasks:
+            self.tasks[kind] = self.bars.add_task(kind, total=total)
+        self.bars.update(self.tasks[kind], completed=done, total=total)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    """`metapool run [recipe.yaml] [--section.option value] [--print-recipe]`."""
+    rest = [argument for argument in arguments if argument != "--print-recipe"]
+    given = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    recipe = _parsed(
+        tyro.conf.AvoidSubcommands[recipes.Recipe],
+        prog="metapool run [recipe.yaml] [--print-recipe]",
+        description="Run a recipe (default: the main job). Flags are laid over the recipe's fields.",
+        default=recipes.load_recipe(given),
+        args=rest,
+    )
+    if "--print-recipe" in arguments:
+        print(recipes.recipe_text(recipe), end="")
+        return
+    with _progress() as progress:
+        report = run(recipe, progress)
+    print(run_summary(report.parent))
+    print(f"report: {report}")
+
+
+def _parsed(form: Any, **options: Any) -> Any:
+    """What tyro makes of a command line; a value that a setting refuses is an error that names the setting."""
+    try:
+        return tyro.cli(form, **options)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or error.title
+        raise MetapoolError(f"{field}: {first['msg']}, not {first['input']!r}") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; a user's mistake is one line on standard error and exit code 2.
+
+    Args:
+        arguments: command line without the program's name; the process's own when not given.
+
+    Raises:
+        SystemExit: after an error, with code 2, or 130 when interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["--version"]:
+            print(f"metapool {metapool.__version__}")
+        elif given[:1] == ["run"]:
+            _run(given[1:])
+        else:
+            _parsed(Command, prog="metapool", description=ABOUT, args=given or ["--help"])()
+    except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (MetapoolError, OSError) as error:  # an OSError names the file: no permission, no space, gone meanwhile
+        print(f"metapool: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("metapool: stopped; the same command goes on where it was", file=sys.stderr)
+        raise SystemExit(130) from None

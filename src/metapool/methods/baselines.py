@@ -1,0 +1,230 @@
+"""Honest rivals: what a practitioner would do with the pool without any meta-training.
+
+None is a paper's method, but for the ensemble (metapool/ensemble.py names its paper). Where a baseline has to
+choose, it chooses on validation classes when they are given, else on recovered images.
+"""
+
+from typing import Literal
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor
+
+from metapool.bank import TaskBank
+from metapool.base.functional import moments, running_statistics
+from metapool.base.images import LabelledImages, to_float
+from metapool.base.networks import build
+from metapool.base.store import Settings, Store, generator_for
+from metapool.ensemble import Ensemble, Moments, model_features, raw_features
+from metapool.episodes import sample_episodes
+from metapool.evaluate import evaluate
+from metapool.learners import FewShotModel, MetaModel, ProtoNet, centroid_logits
+from metapool.pool import ModelPool, PretrainedModel
+from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
+
+
+class _Baseline(Settings):
+    """What all baselines share."""
+
+    recovery: AnyRecovery = GeneratorRecovery()
+    """How the bank is made that statistics are estimated and models chosen on."""
+    standardise: bool = False
+    """Standardise features by their moments on recovered images before they are divided by their length; on validation
+    classes that was a point worse than the length alone (docs/lab-notes.md)."""
+    bank_images: int = pydantic.Field(default=1000, ge=10)
+    """Recovered images that moments and statistics are estimated on."""
+
+    def _bank(self, pool: ModelPool, store: Store, seed: int) -> tuple[TaskBank, Tensor]:
+        bank = recover_pool(pool, self.recovery, store)
+        images = bank.labelled("distinct", pool.manifest.models[0].input).images
+        drawn = torch.randperm(len(images), generator=generator_for(seed, "moments"))[: self.bank_images]
+        return bank, to_float(images[drawn])
+
+    def _ensemble(self, pool: ModelPool, store: Store, seed: int) -> tuple[TaskBank, Ensemble]:
+        bank, images = self._bank(pool, store, seed)
+        models = list(pool)
+        return bank, Ensemble(models, [self._moments(model, images) for model in models])
+
+    def _moments(self, model: PretrainedModel, images: Tensor) -> Moments:
+        features = raw_features(model, images if self.standardise else images[:2])
+        mean, std = moments(features)
+        return (mean, std) if self.standardise else (torch.zeros_like(mean), torch.ones_like(std))
+
+
+class Untrained(_Baseline):
+    """A network with its initial weights: what the architecture alone gives."""
+
+    name: Literal["untrained"] = "untrained"
+    """Which method this is."""
+    width: int = pydantic.Field(default=64, ge=1, le=512)
+    """Of the Conv4."""
+
+    def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
+        """Initialises, and estimates the batch-norm statistics on the bank.
+
+        Args:
+            pool: gives the input size.
+            store: for the bank.
+            seed: of the weights.
+            validation: not used.
+
+        Returns:
+            The model.
+        """
+        _, images = self._bank(pool, store, seed)
+        first = pool.manifest.models[0]
+        spec = first.network.model_copy(update={"architecture": "conv4", "width": self.width})
+        network = build(spec, generator_for(seed, "untrained"))
+        statistics = running_statistics(network, {}, first.input.prepare(images))
+        network.load_state_dict({**network.state_dict(), **statistics})
+        return MetaModel(network, spec, ProtoNet(normalise=True), first.input)
+
+
+class BestSingle(_Baseline):
+    """The one pool model whose features do best on validation episodes (on recovered ones when there are none)."""
+
+    name: Literal["best-single"] = "best-single"
+    """Which method this is."""
+
+    def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
+        """Chooses.
+
+        Args:
+            pool: the models.
+            store: for the bank.
+            seed: of the episodes.
+            validation: meta-validation images.
+
+        Returns:
+            The chosen model.
+        """
+        bank, ensemble = self._ensemble(pool, store, seed)
+        images = validation or _recovered(bank, pool)
+        singles = [Ensemble([m], [moments]) for m, moments in zip(ensemble.models, ensemble.moments)]
+        return max(singles, key=lambda single: _few_shot_accuracy(single, images, seed))
+
+
+class MeanSingle(_Baseline):
+    """Each pool model alone; accuracies are averaged over the models."""
+
+    name: Literal["mean-single"] = "mean-single"
+    """Which method this is."""
+
+    def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
+        """Standardises features on the bank.
+
+        Args:
+            pool: the models.
+            store: for the bank.
+            seed: of the images drawn.
+            validation: not used.
+
+        Returns:
+            All models, each answering alone.
+        """
+        _, ensemble = self._ensemble(pool, store, seed)
+        return Ensemble(ensemble.models, ensemble.moments, average_over_models=True)
+
+
+class EnsembleAll(_Baseline):
+    """The concatenated features of all models, or of ``size`` of them chosen on recovered data."""
+
+    name: Literal["ensemble"] = "ensemble"
+    """Which method this is."""
+    size: int | None = pydantic.Field(default=None, ge=1)
+    """Models to keep (greedy forward selection on recovered episodes); all when not given."""
+
+    def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
+        """Standardises features on the bank, and prunes when asked to.
+
+        Args:
+            pool: the models.
+            store: for the bank.
+            seed: of the images and episodes drawn.
+            validation: not used: a practitioner who prunes has no data.
+
+        Returns:
+            The ensemble.
+        """
+        bank, ensemble = self._ensemble(pool, store, seed)
+        if self.size is None or self.size >= len(pool):
+            return ensemble
+        kept = _choose_greedily(ensemble, _recovered(bank, pool), self.size, seed)
+        return Ensemble([ensemble.models[i] for i in kept], [ensemble.moments[i] for i in kept])
+
+
+class Average(_Baseline):
+    """Mean of the parameters of all models of one architecture; statistics re-estimated on the bank."""
+
+    name: Literal["average"] = "average"
+    """Which method this is."""
+
+    def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
+        """Averages each architecture's models and keeps the best average.
+
+        Args:
+            pool: the models.
+            store: for the bank.
+            seed: of the images and episodes drawn.
+            validation: meta-validation images, to choose the architecture; recovered ones when absent.
+
+        Returns:
+            The averaged network.
+        """
+        bank, images = self._bank(pool, store, seed)
+        groups: dict[str, list[str]] = {}
+        for entry in pool.manifest.models:
+            encoder = entry.network.model_copy(update={"classes": 1})
+            groups.setdefault(encoder.digest(), []).append(entry.id)
+        averages: list[Ensemble] = []
+        for ids in groups.values():
+            merged = pool.get(ids[0])
+            states = [pool.get(id).network.state_dict() for id in ids]
+            alike = [name for name in states[0] if not name.startswith("head.") and states[0][name].is_floating_point()]
+            mean = {name: torch.stack([state[name] for state in states]).mean(0) for name in alike}
+            statistics = running_statistics(merged.network, mean, merged.input.prepare(images))
+            merged.network.load_state_dict({**states[0], **mean, **statistics})
+            averages.append(Ensemble([merged], [self._moments(merged, images)]))
+        chosen_on = validation or _recovered(bank, pool)
+        return max(averages, key=lambda average: _few_shot_accuracy(average, chosen_on, seed))
+
+
+def _recovered(bank: TaskBank, pool: ModelPool) -> LabelledImages:
+    """Recovered images whose labels hold across models: classes of one name are one class."""
+    return bank.labelled("by-name", pool.manifest.models[0].input)
+
+
+def _few_shot_accuracy(model: FewShotModel, images: LabelledImages, seed: int, episodes: int = 200) -> float:
+    way = min(5, len(images.classes))
+    drawn = sample_episodes(images, way, 1, 5, episodes, seed)
+    return evaluate(model, images, drawn).interval.mean
+
+
+class _Encoded:
+    """Features computed before, as a model: lets a selection try many subsets without running a network."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.features
+
+    def classify(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        return centroid_logits(support, labels, query, normalise=True)
+
+
+def _choose_greedily(ensemble: Ensemble, images: LabelledImages, size: int, seed: int) -> list[int]:
+    """Adds, one at a time, the model that raises accuracy on recovered episodes most."""
+    floats = to_float(images.images)
+    parts = [model_features(m, floats, moments) for m, moments in zip(ensemble.models, ensemble.moments)]
+    episodes = sample_episodes(images, min(5, len(images.classes)), 1, 5, 100, seed)
+    kept: list[int] = []
+    while len(kept) < size:
+        rest = [index for index in range(len(parts)) if index not in kept]
+        accuracy = [
+            evaluate(_Encoded(torch.cat([parts[i] for i in [*kept, new]], 1)), images, episodes).interval.mean  # type: ignore[arg-type]
+            for new in rest
+        ]
+        kept.append(rest[int(np.argmax(accuracy))])
+    return sorted(kept)

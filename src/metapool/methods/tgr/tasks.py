@@ -1,0 +1,135 @@
+"""The tasks of a TGR step: images of a group's models, and what the meta-model is to do on them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metapool.bank import TaskBank
+from metapool.base.functional import Params, call, half_precision, widen
+from metapool.base.images import to_float
+from metapool.episodes import draw_classes
+from metapool.gradients import Batch, TaskLoss, mean_gradient, task_gradients
+from metapool.student import Student
+from metapool.task_losses import classify_loss, relational_loss
+from metapool.views import Views
+
+if TYPE_CHECKING:
+    from metapool.methods.tgr import TGR
+
+
+class Tasks:
+    """Draws the tasks of a step and says what their loss is.
+
+    Args:
+        method: its settings.
+        student: the network in training, and its input.
+        bank: recovered tasks.
+        groups: model ids of every group.
+        views: what the models of every group say of its images, for ``relational``.
+    """
+
+    def __init__(
+        self,
+        method: "TGR",
+        student: Student,
+        bank: TaskBank,
+        groups: list[list[str]],
+        views: list[Views],
+    ) -> None:
+        self.method = method
+        self.network = student.network
+        self.input = student.input
+        self.groups = groups
+        self.views = views
+        self.bank = dict(bank) if method.task_loss != "relational" else {}
+        self.directions = [
+            {id: F.normalize(f.float(), dim=1).half() for id, f in view.features.items()} for view in views
+        ]
+        self.named = bank.labelled("by-name", student.input) if method.replay else None
+
+    def draw(self, group: int, generator: torch.Generator) -> tuple[Batch, TaskLoss]:
+        """Batches of n models of a group, and the loss of one of them.
+
+        Args:
+            group: which.
+            generator: of the draw.
+
+        Returns:
+            Tensors whose leading axis is the task, and the task loss.
+        """
+        members = self.groups[group]
+        order = torch.randperm(len(members), generator=generator)[: self.method.teachers]
+        teachers = [members[int(index)] for index in order]
+        if self.method.task_loss == "relational":
+            return self._draw_relational(group, teachers, generator), self._relational
+        if self.method.task_loss == "classify":
+            return self._draw_classify(teachers, generator), self._classify
+        return self._draw_recovered(teachers, self.method.shot + self.method.query, generator), self._episodic
+
+    def _draw_relational(self, group: int, teachers: list[str], generator: torch.Generator) -> Batch:
+        drawn = torch.randint(len(self.views[group].images), (self.method.batch,), generator=generator)
+        images = self.input.prepare(to_float(self.views[group].images[drawn]))
+        directions = [self.directions[group][id][drawn].float() for id in teachers]
+        return images.expand(len(teachers), *images.shape), torch.stack([d @ d.T for d in directions])
+
+    def _relational(self, params: Params, batch: Batch) -> Tensor:
+        images, cosines = batch
+        with half_precision():
+            features = call(self.network, params, images, method="features")
+        return relational_loss(widen(features), cosines, self.method.temperature)
+
+    def _draw_classify(self, teachers: list[str], generator: torch.Generator) -> Batch:
+        return self._draw_recovered(teachers, self.method.batch // self.method.way, generator)
+
+    def _classify(self, params: Params, batch: Batch) -> Tensor:
+        images, labels, teacher = batch
+        with half_precision():
+            logits = call(self.network, params, images)
+        return classify_loss(logits.float()[:, : teacher.shape[1]], labels, teacher)
+
+    def _draw_recovered(self, teachers: list[str], per_class: int, generator: torch.Generator) -> Batch:
+        """Images of ``way`` classes of each teacher, class-major, their new labels, its logits over these classes."""
+        tasks = [self.bank[id] for id in teachers]
+        way = min(self.method.way, *(len(task.classes) for task in tasks))
+        images: list[Tensor] = []
+        logits: list[Tensor] = []
+        for task in tasks:
+            rows, chosen = draw_classes(task.labels, len(task.classes), way, per_class, generator)
+            images.append(self.input.prepare(to_float(task.images[rows])))
+            logits.append(task.logits[rows][:, chosen])
+        labels = torch.arange(way).repeat_interleave(per_class)
+        return torch.stack(images), labels.expand(len(teachers), -1), torch.stack(logits)
+
+    def _episodic(self, params: Params, batch: Batch) -> Tensor:
+        """Query loss of one episode, whose images are class-major, ``shot + query`` of each class."""
+        images, labels = batch[:2]
+        shot, query = self.method.shot, self.method.query
+        in_support = (torch.arange(len(images)) % (shot + query)) < shot
+        logits = self.method.learner.query_logits(
+            self.network, params, images[in_support], labels[in_support], images[~in_support]
+        )
+        return F.cross_entropy(logits, labels[~in_support])
+
+    def replay(self, params: Params, generator: torch.Generator) -> tuple[float, Params]:
+        """Mean query loss of episodes whose classes mix models; one name is one class.
+
+        Args:
+            params: the meta-model's.
+            generator: of the draw.
+
+        Returns:
+            The loss and its gradient.
+        """
+        assert self.named is not None
+        way = min(self.method.way, len(self.named.classes))
+        per_class = self.method.shot + self.method.query
+        labels = torch.arange(way).repeat_interleave(per_class)
+        episodes: list[Tensor] = []
+        for _ in range(self.method.replay_tasks):
+            rows, _chosen = draw_classes(self.named.labels, len(self.named.classes), way, per_class, generator)
+            episodes.append(self.input.prepare(to_float(self.named.images[rows])))
+        batches = (torch.stack(episodes), labels.expand(len(episodes), -1))
+        gradients, losses = task_gradients(self._episodic, params, batches)
+        return sum(losses) / len(losses), mean_gradient(gradients)

@@ -1,0 +1,380 @@
+"""The input: a pool of frozen classifiers, each with its input spec, class names and provenance.
+
+On disk a pool is a folder: ``pool.json`` (pydantic, versioned) and one safetensors file per model. Nothing in it is
+code; a file that does not fit its entry (hash, names, shapes, finite values) is refused before it is used.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, overload
+
+import pydantic
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from metapool.base.errors import MetapoolError
+from metapool.base.images import InputSpec
+from metapool.base.networks import NetworkSpec, build
+from metapool.base.store import Settings, digest_of, digest_of_file
+
+MAX_TENSORS = 20_000
+Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+class ModelEntry(Settings):
+    """What ``pool.json`` says of one model."""
+
+    id: Name
+    """Unique in the pool; also the name of its file."""
+    network: NetworkSpec
+    """Architecture by name."""
+    input: InputSpec
+    """What it expects of an image."""
+    classes: tuple[str, ...]
+    """Names of its outputs, in order."""
+    sha256: str = pydantic.Field(pattern="^[0-9a-f]{64}$")
+    """Hash of its safetensors file."""
+    accuracy: float | None = pydantic.Field(default=None, ge=0, le=100)
+    """Percent correct on held-out images of its own task, as its maker measured it."""
+    licence: str = ""
+    """Licence of the weights."""
+    provenance: str = ""
+    """How and from what it was trained."""
+
+
+class PoolManifest(Settings):
+    """The content of ``pool.json``."""
+
+    version: Literal[1] = 1
+    """Format of this file."""
+    name: str
+    """Name of the pool."""
+    models: tuple[ModelEntry, ...] = ()
+    """Entries, in the order of the pool."""
+
+
+class PretrainedModel(nn.Module):
+    """A frozen classifier that takes images in [0, 1] of any size and number of channels.
+
+    Args:
+        id: unique name in its pool.
+        network: any module from normalised images to logits [N, K]; when it has no ``features`` method, its features
+            are what enters its last linear layer.
+        input: what the network expects of an image.
+        classes: K names.
+        spec: how to build the network by name; needed only to store the model.
+        accuracy: percent on held-out images of its own task, when known.
+        licence: of the weights.
+        provenance: how it was made.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        network: nn.Module,
+        input: InputSpec,
+        classes: Sequence[str],
+        *,
+        spec: NetworkSpec | None = None,
+        accuracy: float | None = None,
+        licence: str = "",
+        provenance: str = "",
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.id = id
+        self.input = input
+        self.classes = tuple(classes)
+        self.accuracy = accuracy
+        self.licence = licence
+        self.provenance = provenance
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits.
+
+        Args:
+            images: float [N, C', H', W'] in [0, 1].
+
+        Returns:
+            float [N, K].
+        """
+        out: Tensor = self.network(self.input.prepare(images))
+        return out
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features before the head.
+
+        Args:
+            images: float [N, C', H', W'] in [0, 1].
+
+        Returns:
+            float [N, D].
+        """
+        return self.features_and_logits(images)[0]
+
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Both at the cost of one pass.
+
+        Args:
+            images: float [N, C', H', W'] in [0, 1].
+
+        Returns:
+            float [N, D] and float [N, K].
+
+        Raises:
+            MetapoolError: when the network has neither a ``features`` method and a head, nor a linear layer.
+        """
+        prepared = self.input.prepare(images)
+        network: Any = self.network
+        if hasattr(network, "features") and hasattr(network, "head"):
+            features: Tensor = network.features(prepared)
+            return features, network.head(features)
+        linears = [module for module in self.network.modules() if isinstance(module, nn.Linear)]
+        if not linears:
+            raise MetapoolError(f"model {self.id!r}: its network has no linear layer whose input could be its features")
+        seen: list[Tensor] = []
+        hook = linears[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            logits = self.network(prepared)
+        finally:
+            hook.remove()
+        return seen[-1].flatten(1), logits
+
+    def train(self, mode: bool = True) -> "PretrainedModel":
+        """Stays in eval mode: the model is frozen.
+
+        Args:
+            mode: ignored.
+
+        Returns:
+            The model itself.
+        """
+        return super().train(False)
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.network.parameters())
+
+
+class ModelPool(Sequence[PretrainedModel]):
+    """A pool on disk; a model is read when it is asked for, so that one at a time is in memory.
+
+    Args:
+        path: the folder.
+        manifest: what is in it.
+    """
+
+    def __init__(self, path: Path, manifest: PoolManifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def create(cls, path: Path, name: str) -> "ModelPool":
+        """A new, empty pool.
+
+        Args:
+            path: folder to make.
+            name: of the pool.
+
+        Returns:
+            The pool.
+
+        Raises:
+            MetapoolError: when there is a pool already.
+        """
+        if (path / "pool.json").exists():
+            raise MetapoolError(f"{path} already holds a pool; choose another folder or remove it first")
+        path.mkdir(parents=True, exist_ok=True)
+        pool = cls(path, PoolManifest(name=name))
+        pool._write(pool.manifest)
+        return pool
+
+    @classmethod
+    def open(cls, path: Path) -> "ModelPool":
+        """Reads ``pool.json``; no weights yet.
+
+        Args:
+            path: the folder.
+
+        Returns:
+            The pool.
+
+        Raises:
+            MetapoolError: when the file is missing, no JSON, of another version or inconsistent.
+        """
+        file = Path(path) / "pool.json"
+        if not file.is_file():
+            raise MetapoolError(f"{path} is not a pool: it has no pool.json (make one with `metapool pool build`)")
+        try:
+            manifest = PoolManifest.model_validate_json(file.read_text())
+        except (pydantic.ValidationError, UnicodeDecodeError) as error:
+            raise MetapoolError(f"{file}: {_first_problem(error)}") from error
+        ids = [entry.id for entry in manifest.models]
+        if repeated := sorted({name for name in ids if ids.count(name) > 1}):
+            raise MetapoolError(f"{file}: model id {repeated[0]!r} stands twice; ids must be unique")
+        for entry in manifest.models:
+            _check(entry, file)
+        return cls(Path(path), manifest)
+
+    def add(self, model: PretrainedModel, dtype: torch.dtype = torch.float32) -> None:
+        """Writes a model into the pool, weights first and manifest last.
+
+        Args:
+            model: its network must be what its ``spec`` builds.
+            dtype: of the stored weights.
+
+        Raises:
+            MetapoolError: when the id is taken or no file name, the model has no spec, or its classes or input do not
+                fit it.
+        """
+        if model.spec is None:
+            raise MetapoolError(f"model {model.id!r} has no architecture by name, so it cannot be stored in a pool")
+        if model.id in self.ids:
+            raise MetapoolError(f"{self.path}: a model {model.id!r} is there already")
+        weights = {
+            name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
+            for name, value in model.network.state_dict().items()
+        }
+        temporary = self.path / f"weights.{os.getpid()}.tmp"
+        save_file(weights, temporary)
+        try:
+            entry = ModelEntry(
+                id=model.id,
+                network=model.spec,
+                input=model.input,
+                classes=model.classes,
+                sha256=digest_of_file(temporary),
+                accuracy=model.accuracy,
+                licence=model.licence,
+                provenance=model.provenance,
+            )
+            _check(entry, self.path)
+            temporary.replace(self.path / f"{entry.id}.safetensors")
+        except pydantic.ValidationError as error:
+            raise MetapoolError(f"model {model.id!r} cannot be stored: {_first_problem(error)}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._write(self.manifest.model_copy(update={"models": (*self.manifest.models, entry)}))
+
+    @property
+    def ids(self) -> list[str]:
+        """Ids of the models, in order."""
+        return [entry.id for entry in self.manifest.models]
+
+    def digest(self) -> str:
+        """Hash of everything that results depend on: weights, inputs and class names, not the pool's name or place.
+
+        Returns:
+            16 hexadecimal digits.
+        """
+        return digest_of([self.model_digest(name) for name in self.ids])
+
+    def model_digest(self, id: str) -> str:
+        """Hash of one model.
+
+        Args:
+            id: its name.
+
+        Returns:
+            16 hexadecimal digits.
+        """
+        entry = self._entry(id)
+        return digest_of([entry.sha256, entry.input.model_dump(), entry.classes, entry.network.model_dump()])
+
+    def get(self, id: str) -> PretrainedModel:
+        """Reads one model.
+
+        Args:
+            id: its name.
+
+        Returns:
+            The model, frozen, in float32.
+        """
+        entry = self._entry(id)
+        file = self.path / f"{id}.safetensors"
+        network = build(entry.network, torch.Generator())
+        network.load_state_dict(_read_weights(file, entry, network.state_dict()))
+        return PretrainedModel(
+            id,
+            network,
+            entry.input,
+            entry.classes,
+            spec=entry.network,
+            accuracy=entry.accuracy,
+            licence=entry.licence,
+            provenance=entry.provenance,
+        )
+
+    def __len__(self) -> int:
+        return len(self.manifest.models)
+
+    def __iter__(self) -> Iterator[PretrainedModel]:
+        return (self.get(name) for name in self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> PretrainedModel: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ModelPool": ...
+    def __getitem__(self, index: int | slice) -> "PretrainedModel | ModelPool":
+        if isinstance(index, slice):
+            chosen = self.manifest.models[index]
+            return ModelPool(self.path, self.manifest.model_copy(update={"models": chosen}))
+        return self.get(self.ids[index])
+
+    def _entry(self, id: str) -> ModelEntry:
+        for entry in self.manifest.models:
+            if entry.id == id:
+                return entry
+        raise MetapoolError(f"{self.path}: no model {id!r}; there are {', '.join(self.ids) or 'none'}")
+
+    def _write(self, manifest: PoolManifest) -> None:
+        temporary = self.path / f"pool.json.{os.getpid()}.tmp"
+        temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
+        temporary.replace(self.path / "pool.json")
+        self.manifest = manifest
+
+
+def _check(entry: ModelEntry, where: Path) -> None:
+    """What the fields of an entry must agree on."""
+    if len(entry.classes) != entry.network.classes:
+        raise MetapoolError(
+            f"{where}: model {entry.id!r} names {len(entry.classes)} classes but has {entry.network.classes} outputs"
+        )
+    if entry.input.shape != (entry.network.channels, entry.network.height, entry.network.image_width):
+        raise MetapoolError(f"{where}: model {entry.id!r}: its input and its network differ in channels or size")
+
+
+def _first_problem(error: Exception) -> str:
+    if isinstance(error, pydantic.ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
+    return str(error)
+
+
+def _read_weights(file: Path, entry: ModelEntry, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights that fit the network, or one clear error; nothing is loaded before names, shapes and hash agree."""
+    if not file.is_file():
+        raise MetapoolError(f"{file} is missing: pool.json names model {entry.id!r}")
+    if digest_of_file(file) != entry.sha256:
+        raise MetapoolError(f"{file}: its SHA-256 is not the one in pool.json; the file was changed or cut off")
+    try:
+        with safe_open(file, "pt") as opened:
+            names = set(opened.keys())
+            if len(names) > MAX_TENSORS or names != set(expected):
+                wrong = sorted(names ^ set(expected))[:3]
+                raise MetapoolError(f"{file}: tensors do not fit {entry.network.architecture}: {', '.join(wrong)}")
+            for name, tensor in expected.items():
+                if tuple(opened.get_slice(name).get_shape()) != tuple(tensor.shape):
+                    raise MetapoolError(f"{file}: {name} should have shape {tuple(tensor.shape)}")
+            weights = {name: opened.get_tensor(name).to(expected[name].dtype) for name in expected}
+    except SafetensorError as error:
+        raise MetapoolError(f"{file} is no readable safetensors file: {error}") from error
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise MetapoolError(f"{file}: {name} holds values that are not finite")
+    return weights

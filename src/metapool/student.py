@@ -1,0 +1,87 @@
+"""The network that meta-training shapes: a Conv4 with a learner, calibrated on the bank, checked on validation."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from metapool.bank import TaskBank
+from metapool.base.functional import Params, params_of, running_statistics
+from metapool.base.images import InputSpec, LabelledImages, to_float
+from metapool.base.networks import NetworkSpec, build
+from metapool.base.store import generator_for
+from metapool.episodes import sample_episodes
+from metapool.evaluate import evaluate
+from metapool.learners import AnyLearner, MetaModel
+
+CALIBRATION_IMAGES = 1024
+
+
+class Student:
+    """A Conv4 whose batch-norm statistics, at inference, are those of recovered images.
+
+    Args:
+        width: of the Conv4.
+        way: outputs of its head.
+        learner: how it answers an episode.
+        input: what it expects of an image.
+        bank: recovered tasks, on whose images statistics are estimated.
+        seed: of the initial weights and of the calibration images.
+    """
+
+    def __init__(self, width: int, way: int, learner: AnyLearner, input: InputSpec, bank: TaskBank, seed: int) -> None:
+        self.spec = NetworkSpec(
+            architecture="conv4",
+            width=width,
+            classes=way,
+            channels=input.channels,
+            height=input.height,
+            image_width=input.width,
+        )
+        self.learner = learner
+        self.input = input
+        self.seed = seed
+        network = build(self.spec, generator_for(seed, "student", "initialise"))
+        # Convolutions of a CPU are 1.6 times faster in this order, and parameters keep it.
+        self.network = network.to(memory_format=torch.channels_last)
+        self._start = params_of(self.network)  # the network's own change with every model that is made of it
+        images = bank.labelled("distinct", input).images
+        drawn = torch.randperm(len(images), generator=generator_for(seed, "student", "calibrate"))
+        self.calibration = input.prepare(to_float(images[drawn[:CALIBRATION_IMAGES]]))
+
+    def initial(self) -> Params:
+        """The initial parameters.
+
+        Returns:
+            Leaves that require gradients.
+        """
+        return {name: value.detach().clone().requires_grad_() for name, value in self._start.items()}
+
+    def model(self, params: Params, history: Sequence[Mapping[str, Any]] = ()) -> MetaModel:
+        """A few-shot model with these parameters.
+
+        Args:
+            params: detached parameters.
+            history: the training record to keep with it.
+
+        Returns:
+            The model; it shares the student's network, so the next call changes it.
+        """
+        self.network.load_state_dict({**params, **running_statistics(self.network, params, self.calibration)})
+        return MetaModel(self.network, self.spec, self.learner, self.input, history)
+
+    def accuracy(self, params: Params, validation: LabelledImages | None, episodes: int = 200) -> float | None:
+        """1-shot accuracy on validation classes.
+
+        Args:
+            params: detached parameters.
+            validation: images of meta-validation classes.
+            episodes: number of episodes; the same ones at every call.
+
+        Returns:
+            Percent; none without validation classes.
+        """
+        if validation is None:
+            return None
+        drawn = sample_episodes(validation, min(5, len(validation.classes)), 1, 5, episodes, self.seed)
+        return evaluate(self.model(params), validation, drawn).interval.mean

@@ -1,0 +1,152 @@
+"""Views: what pool models say of recovered images that are not their own, cached so that training runs no teacher.
+
+The images looked at are those of one group of models: every recovered image and, since a student should see more than
+its teachers gave, augmented copies and blends of pairs. All are rounded to uint8 first: features belong to the images
+that are stored.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pydantic
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metapool.bank import TaskBank, fit_bytes
+from metapool.base.functional import half_precision, in_chunks
+from metapool.base.images import InputSpec, augment, to_bytes, to_float
+from metapool.base.store import Settings, Store, generator_for
+from metapool.pool import ModelPool
+
+VERSION = 1
+
+
+class ViewSettings(Settings):
+    """Which images the models look at."""
+
+    copies: int = pydantic.Field(default=2, ge=0)
+    """Augmented copies of every recovered image, beside the image itself."""
+    blends: int = pydantic.Field(default=1, ge=0)
+    """Times the number of recovered images: blends of two images drawn at random."""
+    shift: int = pydantic.Field(default=3, ge=0)
+    """Largest shift of a copy, in pixels."""
+    zoom: float = pydantic.Field(default=0.2, ge=0)
+    """Largest relative zoom of a copy."""
+    seed: int = 0
+    """Of copies and blends."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the models of one group say of the group's images.
+
+    Attributes:
+        images: uint8 [N, C, H, W], at the student's input size.
+        owner: int64 [N]: position in the group of the model whose recovered image this is (or is a copy of).
+        labels: int64 [N] in [0, K) of the owner; −1 for blends.
+        features: by model id, float16 [N, D].
+        logits: by model id, float16 [N, K].
+    """
+
+    images: Tensor
+    owner: Tensor
+    labels: Tensor
+    features: dict[str, Tensor]
+    logits: dict[str, Tensor]
+
+
+def view_bank(
+    pool: ModelPool,
+    bank: TaskBank,
+    groups: Sequence[Sequence[str]],
+    input: InputSpec,
+    settings: ViewSettings,
+    store: Store,
+) -> list[Views]:
+    """Every model of a group looks at the images of all models of the group.
+
+    Args:
+        pool: the models.
+        bank: their recovered tasks.
+        groups: model ids of every group.
+        input: the student's input: size and channels of the images.
+        settings: which images.
+        store: keeps images and views.
+
+    Returns:
+        The views of every group.
+    """
+    shared = {"settings": settings.model_dump(), "input": input.model_dump(), "version": VERSION}
+    inputs: list[Path] = []
+    keys: dict[str, dict[str, object]] = {}
+    where: dict[str, tuple[str, Path]] = {}
+    for index, group in enumerate(groups):
+        key = {**shared, "tasks": [[id, bank.folders[id].name] for id in group]}
+        build = partial(_write_images, bank, list(group), input, settings)
+        inputs.append(store.artifact("view-images", key, build) / "images.safetensors")
+        # A unit is a model in a group: it would be another view were the model in two groups.
+        keys |= {f"{index}/{id}": {**key, "model": pool.model_digest(id)} for id in group}
+        where |= {f"{index}/{id}": (id, inputs[-1]) for id in group}
+    folders = store.units("view", keys, partial(_view_unit, pool, where))
+    found: list[Views] = []
+    for index, group in enumerate(groups):
+        stored = load_file(inputs[index])
+        seen = {id: load_file(folders[f"{index}/{id}"] / "view.safetensors") for id in group}
+        found.append(
+            Views(
+                stored["images"],
+                stored["owner"],
+                stored["labels"],
+                {id: view["features"] for id, view in seen.items()},
+                {id: view["logits"] for id, view in seen.items()},
+            )
+        )
+    return found
+
+
+def _write_images(bank: TaskBank, group: list[str], input: InputSpec, settings: ViewSettings, folder: Path) -> None:
+    generator = generator_for(settings.seed, "views", *group)
+    tasks = [bank[id] for id in group]
+    images = torch.cat([fit_bytes(task.images, input) for task in tasks])
+    labels = torch.cat([task.labels for task in tasks])
+    owner = torch.cat([torch.full_like(task.labels, index) for index, task in enumerate(tasks)])
+    floats = to_float(images)
+    parts = [images]
+    for _ in range(settings.copies):
+        parts.append(to_bytes(augment(floats, settings.shift, settings.zoom, generator)))
+    blends = settings.blends * len(images)
+    if blends:
+        first, second = torch.randint(len(images), (2, blends), generator=generator)
+        share = torch.rand(blends, 1, 1, 1, generator=generator)
+        mixed = share * floats[first] + (1 - share) * floats[second]
+        parts.append(to_bytes(augment(mixed, settings.shift, settings.zoom, generator)))
+    times = 1 + settings.copies
+    none = torch.full((blends,), -1)
+    save_file(
+        {
+            "images": torch.cat(parts),
+            "owner": torch.cat([owner.repeat(times), none]),
+            "labels": torch.cat([labels.repeat(times), none]),
+        },
+        folder / "images.safetensors",
+    )
+
+
+def _view_unit(pool: ModelPool, where: dict[str, tuple[str, Path]], unit: str, folder: Path) -> None:
+    id, path = where[unit]
+    model = pool.get(id)
+    images = load_file(path)["images"]
+
+    def look(part: Tensor) -> Tensor:
+        with half_precision():
+            features, logits = model.features_and_logits(to_float(part))
+        return torch.cat([features, logits], 1).half()
+
+    seen = in_chunks(look, images, 64)  # a chunk of 64 stays in the cache
+    split = seen.shape[1] - len(model.classes)
+    save_file(
+        {"features": seen[:, :split].contiguous(), "logits": seen[:, split:].contiguous()}, folder / "view.safetensors"
+    )

@@ -1,0 +1,108 @@
+"""Networks by name: shapes, initial weights, seeds."""
+
+from typing import cast
+
+import cases
+import pytest
+import torch
+from torch import nn
+
+from metapool.base.functional import BatchNorm
+from metapool.base.networks import Architecture, Network, NetworkSpec, build, initialise
+
+
+def built(architecture: Architecture, shape: cases.Shape, classes: int = 5, width: int = 4, seed: int = 0) -> Network:
+    return build(cases.network_spec(architecture, shape, classes, width), torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("architecture", ["conv4", "resnet10", "resnet18"])
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32), (1, 20, 28), (2, 17, 31)], ids=str)
+@pytest.mark.parametrize("classes", [1, 2, 7])
+def test_any_size_channels_and_classes(architecture: Architecture, shape: cases.Shape, classes: int) -> None:
+    network = built(architecture, shape, classes)
+    images = torch.randn(3, *shape)
+    features = network.features(images)
+    assert features.ndim == 2
+    assert features.shape[1] == network.head.in_features
+    assert network(images).shape == (3, classes)
+    torch.testing.assert_close(network(images), network.head(features))
+
+
+def test_features_of_conv4_and_resnets_have_the_papers_sizes() -> None:
+    assert built("conv4", (3, 32, 32), width=64).head.in_features == 64 * 2 * 2
+    assert built("conv4", (3, 84, 84), width=64).head.in_features == 64 * 5 * 5  # 1600, Vinyals et al. 2016
+    assert built("resnet10", (3, 32, 32), width=64).head.in_features == 512
+    assert built("resnet18", (3, 32, 32), width=64).head.in_features == 512
+
+
+def test_numbers_of_weighted_layers_are_those_in_the_names() -> None:
+    for architecture, layers in (("conv4", 4), ("resnet10", 9), ("resnet18", 17)):
+        network = built(cast(Architecture, architecture), (1, 32, 32))
+        convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        assert len(convolutions) == layers
+
+
+def test_wider_is_larger_and_resnets_double() -> None:
+    narrow, wide = (built("resnet10", (1, 16, 16), width=width) for width in (4, 8))
+    assert wide.head.in_features == 2 * narrow.head.in_features
+    assert sum(p.numel() for p in wide.parameters()) > 3 * sum(p.numel() for p in narrow.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["conv4", "resnet10", "resnet18"])
+def test_same_seed_same_weights(architecture: Architecture) -> None:
+    first, again, other = (built(architecture, (1, 16, 16), seed=seed) for seed in (0, 0, 1))
+    torch.testing.assert_close(dict(again.state_dict()), dict(first.state_dict()), rtol=0, atol=0)
+    assert not torch.equal(other.head.weight, first.head.weight)
+
+
+def test_the_global_seed_decides_nothing() -> None:
+    torch.manual_seed(1)
+    first = built("conv4", (1, 16, 16))
+    torch.manual_seed(2)
+    again = built("conv4", (1, 16, 16))
+    torch.testing.assert_close(dict(again.state_dict()), dict(first.state_dict()), rtol=0, atol=0)
+
+
+def test_initial_weights_are_he_normal_biases_zero_and_norms_neutral() -> None:
+    network = built("conv4", (1, 32, 32), width=64)
+    second = cast(nn.Conv2d, cast(nn.Sequential, cast(nn.Sequential, network.encoder)[1])[0])
+    assert second.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)
+    assert network.head.weight.std().item() == pytest.approx((2 / network.head.in_features) ** 0.5, rel=0.15)
+    assert second.bias is not None
+    for bias in (second.bias, network.head.bias):
+        torch.testing.assert_close(bias, torch.zeros_like(bias))
+    for norm in (m for m in network.modules() if isinstance(m, BatchNorm)):
+        assert norm.running_mean is not None
+        torch.testing.assert_close(norm.weight, torch.ones_like(norm.weight))
+        torch.testing.assert_close(norm.running_mean, torch.zeros_like(norm.running_mean))
+
+
+def test_initialise_forgets_what_was_there() -> None:
+    network = built("resnet10", (1, 16, 16), seed=3)
+    fresh = {name: value.clone() for name, value in network.state_dict().items()}
+    network.train()(torch.randn(4, 1, 16, 16))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(1)
+    assert not torch.equal(network.head.weight, fresh["head.weight"])
+    torch.manual_seed(9)
+    initialise(network, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(dict(network.state_dict()), fresh, rtol=0, atol=0)
+
+
+def test_built_networks_are_in_eval_mode_and_their_norms_can_be_steered() -> None:
+    network = built("resnet18", (1, 16, 16))
+    assert not any(module.training for module in network.modules())
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert all(isinstance(norm, BatchNorm) for norm in norms)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("architecture", "vit"), ("width", 0), ("classes", 0), ("channels", 0), ("height", 8), ("image_width", 4096)],
+)
+def test_impossible_network_is_refused(field: str, value: object) -> None:
+    good = cases.network_spec("conv4", (1, 16, 16), 5).model_dump()
+    with pytest.raises(ValueError, match=field):
+        NetworkSpec.model_validate(good | {field: value})
