@@ -12,6 +12,7 @@ import pytest
 import torch
 import toys
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
 from metapool.base.errors import MetapoolError
@@ -20,13 +21,17 @@ from metapool.base.store import Store
 from metapool.ensemble import Ensemble
 from metapool.episodes import Episodes, sample_episodes
 from metapool.evaluate import evaluate, paired_difference
+from metapool.gradients import task_gradients
 from metapool.interface.recipe import Recipe
 from metapool.learners import ANIL, MAML, FewShotModel, MetaModel, ProtoNet
 from metapool.methods import METHODS, NAMED, AnyMethod, load_model
 from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
 from metapool.methods.tgr import TGR
+from metapool.methods.tgr.tasks import Tasks
 from metapool.pool import ModelPool
 from metapool.recover import PixelRecovery, recover_pool
+from metapool.student import Student
+from metapool.views import view_bank
 
 ADAPTER: pydantic.TypeAdapter[AnyMethod] = pydantic.TypeAdapter(AnyMethod)
 RIVALS = [name for name in NAMED if name != "tgr"]
@@ -149,12 +154,24 @@ def test_a_method_cites_its_paper() -> None:
 def test_same_seed_same_bits_other_seed_other_bits(
     name: str, tiny_pool: ModelPool, kept: Store, tmp_path: Path
 ) -> None:
-    store = forgetful(kept, tmp_path)
+    method = ALL[name]
+    if isinstance(method, EnsembleAll | BestSingle | MeanSingle):
+        method = method.model_copy(update={"standardise": True})  # by moments of images drawn at random
+    first = of_bytes(method.fit(tiny_pool, kept, 0), tmp_path / "first")
     torch.manual_seed(1234)  # the global seed decides nothing
-    again = ALL[name].fit(tiny_pool, store, 0)
-    assert of_bytes(again, tmp_path / "again") == weights(kept.root / "saved" / name)
-    other = ALL[name].fit(tiny_pool, store, 1)
-    assert of_bytes(other, tmp_path / "other") != weights(kept.root / "saved" / name)
+    store = forgetful(kept, tmp_path)
+    assert of_bytes(method.fit(tiny_pool, store, 0), tmp_path / "again") == first
+    assert of_bytes(method.fit(tiny_pool, store, 1), tmp_path / "other") != first
+
+
+@pytest.mark.parametrize("name", ["ensemble", "mean-single"])
+def test_nothing_is_random_about_an_ensemble_that_is_not_standardised(
+    name: str, tiny_pool: ModelPool, kept: Store, tmp_path: Path
+) -> None:
+    other = ALL[name].fit(tiny_pool, kept, 1)
+    assert of_bytes(other, tmp_path / "other") == weights(kept.root / "saved" / name)
+    assert isinstance(other, Ensemble)
+    assert all(mean.eq(0).all() and std.eq(1).all() for mean, std in other.moments)
 
 
 @EACH
@@ -163,7 +180,8 @@ def test_a_saved_model_answers_alike(name: str, tiny_pool: ModelPool, kept: Stor
     loaded = load_model(kept.root / "saved" / name)
     assert type(loaded) is type(fitted)
     torch.testing.assert_close(answers(loaded), answers(fitted), rtol=0, atol=0)
-    assert loaded.input == fitted.input == tiny_pool.manifest.models[0].input
+    assert loaded.input == fitted.input
+    assert loaded.input in {model.input for model in tiny_pool.manifest.models}
     assert loaded.parameter_count == fitted.parameter_count > 0
     assert loaded.models_at_inference == fitted.models_at_inference
 
@@ -304,6 +322,53 @@ def test_the_first_step_descends_the_mean_gradient_when_alpha_is_zero(tiny_pool:
     """Adam's first step is the learning rate times the sign; both alphas see the same losses at θ."""
     still, moved = (brief(alpha=alpha, steps=1).fit(tiny_pool, kept, 0).history[0] for alpha in (0.0, 0.1))
     assert (still["loss"], still["discrepancy"]) == (moved["loss"], moved["discrepancy"])
+
+
+def test_all_losses_at_once_are_the_losses_one_by_one(tiny_pool: ModelPool, kept: Store) -> None:
+    method = brief(teachers=3, groups=1)
+    bank = recover_pool(tiny_pool, toys.HASTY, kept)
+    input = tiny_pool.manifest.models[0].input
+    views = view_bank(tiny_pool, bank, [tiny_pool.ids], input, method.views, kept)
+    student = Student(8, 3, method.learner, input, bank, 0)
+    tasks = Tasks(method, student, bank, [tiny_pool.ids], views)
+    batches, task_loss = tasks.draw(0, torch.Generator().manual_seed(0))
+    assert tasks.together is not None
+    params = student.initial()
+    alone, losses = task_gradients(task_loss, params, batches)
+    together, same = task_gradients(task_loss, params, batches, tasks.together)
+    assert same == pytest.approx(losses)
+    assert len(set(losses)) == 3
+    for one, other in zip(alone, together):
+        torch.testing.assert_close(other, one, rtol=2e-2, atol=1e-4)
+
+
+def test_consensus_makes_the_teachers_of_a_step_agree(tiny_pool: ModelPool, kept: Store) -> None:
+    alone, half, one = (brief(consensus=share).fit(tiny_pool, kept, 0).history[0] for share in (0.0, 0.5, 1.0))
+    assert alone["discrepancy"] > half["discrepancy"] > one["discrepancy"]
+    assert one["discrepancy"] < 1e-6 * alone["discrepancy"]
+    assert one["cosine"] == pytest.approx(1, abs=1e-4)
+    assert alone["cosine"] < 0.99
+
+
+def test_a_model_sees_its_group_only_or_the_whole_pool(tiny_pool: ModelPool, kept: Store, tmp_path: Path) -> None:
+    models, looks = [], []
+    for whose in ("group", "pool"):
+        store = forgetful(kept, tmp_path / whose)
+        shutil.rmtree(store.root / "view")
+        models.append(brief(view_of=whose).fit(tiny_pool, store, 0))
+        looks.append([load_file(file)["features"] for file in (store.root / "view").rglob("view.safetensors")])
+    assert [len(look) for look in looks] == [4, 4]
+    assert sum(len(look) for look in looks[1]) > 1.5 * sum(len(look) for look in looks[0])
+    assert of_bytes(models[0], tmp_path / "a") != of_bytes(models[1], tmp_path / "b")
+
+
+def test_lazy_regularization_takes_plain_steps_between(tiny_pool: ModelPool, kept: Store) -> None:
+    """Step 0 is displaced by twice α, step 1 not at all: its record equals that of α doubled, then off."""
+    lazy = brief(alpha=0.05, regularize_every=2, steps=2).fit(tiny_pool, kept, 0)
+    double = brief(alpha=0.1, steps=2).fit(tiny_pool, kept, 0)
+    assert lazy.history[1]["loss"] == double.history[1]["loss"], "the same first step"
+    name = "encoder.0.0.weight"
+    assert not torch.equal(lazy.network.state_dict()[name], double.network.state_dict()[name])
 
 
 def test_groups_partition_the_pool_and_steps_draw_from_one(tiny_pool: ModelPool, kept: Store) -> None:

@@ -456,8 +456,8 @@ def killed_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -
 
 
 def test_killed_in_recovery_and_in_meta_training_it_ends_with_the_same_bits(world: Path, tmp_path: Path) -> None:
-    recovery = GeneratorRecovery(per_class=20, steps=40, code=16, width=16)
-    method = TGR(**{**BRIEF, "recovery": recovery, "steps": 60, "check_every": 10, "batch": 64, "alpha": 1e-3})
+    recovery = GeneratorRecovery(per_class=12, steps=40, code=16, width=8)
+    method = TGR(**{**BRIEF, "recovery": recovery, "steps": 30, "check_every": 10, "batch": 32})
     places = {name: tmp_path / name for name in ("unbroken", "killed")}
     recipes = {name: written(place / "tiny.yaml", only(world, place, method=method)) for name, place in places.items()}
     finished(started(recipes["unbroken"]))
@@ -476,7 +476,7 @@ def test_killed_in_recovery_and_in_meta_training_it_ends_with_the_same_bits(worl
 
     killed_when(started(recipes["killed"]), lambda: bool(checkpoints()))
     steps = torch.load(checkpoints()[0], weights_only=True)["step"]
-    assert 10 <= steps < 60, "in the middle of meta-training"
+    assert 10 <= steps < 30, "in the middle of meta-training"
     assert not kinds(made(places["killed"])) & {"meta-model", "fit-tgr", "scores"}
     assert units() == 3
     second = made(places["killed"])

@@ -1,5 +1,7 @@
 """Losses of one task against loops over images and classes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,3 +55,42 @@ def test_relational_is_zero_for_the_teacher_s_geometry_however_turned_or_scaled(
     torch.testing.assert_close(loss, torch.zeros_like(loss))
     assert relational_loss(features * torch.tensor([5.0, 1, 1, 1]), directions @ directions.T, 0.1) > 0.01
     assert relational_loss(features + 7, directions @ directions.T, 0.1) > 0.01
+
+
+def test_a_student_that_sees_no_difference_pays_what_the_teacher_knows() -> None:
+    """All cosines are 1 then, so every neighbourhood is uniform: log(B - 1) minus the entropy of the teacher's."""
+    features, wanted = torch.ones(6, 3, dtype=torch.float64).requires_grad_(), seeded(6, 6)
+    found = relational_loss(features, wanted, 0.2)
+    rows = torch.stack([wanted[a, [b for b in range(6) if b != a]] for a in range(6)])
+    entropy = torch.distributions.Categorical(logits=rows / 0.2).entropy().mean()
+    torch.testing.assert_close(found, math.log(5) - entropy)
+    assert found > 0
+    ignorant = relational_loss(features, torch.zeros_like(wanted), 0.2)
+    torch.testing.assert_close(ignorant, torch.zeros_like(ignorant))
+    found.backward()
+    assert features.grad is not None
+    assert features.grad.isfinite().all()
+
+
+def test_how_near_an_image_is_to_itself_does_not_matter() -> None:
+    features, wanted = seeded(6, 3), seeded(6, 6, seed=1)
+    own = wanted + torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(relational_loss(features, own, 0.2), relational_loss(features, wanted, 0.2))
+    assert not torch.isclose(relational_loss(features, own.roll(1, 1), 0.2), relational_loss(features, wanted, 0.2))
+
+
+def test_classify_is_what_torch_distributions_say() -> None:
+    logits, teacher, labels = seeded(7, 5, seed=3), seeded(7, 5, seed=4), torch.arange(7) % 5
+    student, wanted = (torch.distributions.Categorical(logits=values) for values in (logits, teacher))
+    divergence = torch.distributions.kl_divergence(wanted, student)
+    expected = (divergence - student.log_prob(labels)).mean()
+    torch.testing.assert_close(classify_loss(logits, labels, teacher), expected)
+    turned = (torch.distributions.kl_divergence(student, wanted) - student.log_prob(labels)).mean()
+    assert (classify_loss(logits, labels, teacher) - turned).abs() > 0.05, "the teacher comes first"
+
+
+def test_gradients_are_those_of_finite_differences() -> None:
+    features, cosines = seeded(5, 3).requires_grad_(), seeded(5, 5, seed=1)
+    logits, teacher, labels = seeded(4, 3).requires_grad_(), seeded(4, 3, seed=1), torch.tensor([0, 1, 2, 0])
+    assert torch.autograd.gradcheck(lambda value: relational_loss(value, cosines, 0.3), (features,))
+    assert torch.autograd.gradcheck(lambda value: classify_loss(value, labels, teacher), (logits,))

@@ -20,6 +20,7 @@ from metapool.base.functional import Params
 
 Batch = tuple[Tensor, ...]
 TaskLoss = Callable[[Params, Batch], Tensor]
+TaskLosses = Callable[[Params, Batch], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,29 @@ class GradientStats:
     cosine: float
 
 
-def task_gradients(task_loss: TaskLoss, params: Params, batches: Batch) -> tuple[list[Params], list[float]]:
+def task_gradients(
+    task_loss: TaskLoss, params: Params, batches: Batch, together: TaskLosses | None = None
+) -> tuple[list[Params], list[float]]:
     """Gradient of every task at the same parameters.
 
     Args:
         task_loss: loss of one task.
         params: leaves that require gradients.
         batches: tensors whose leading axis is the task.
+        together: losses of all tasks at once, the same numbers as ``task_loss`` gives one by one; worth giving when the
+            tasks share images, which then pass forward once.
 
     Returns:
         n gradients and n losses.
     """
+    shared = together(params, batches) if together is not None else None
     gradients: list[Params] = []
     losses: list[float] = []
-    for task in zip(*batches, strict=True):
-        loss = task_loss(params, task)
-        found = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+    for index, task in enumerate(zip(*batches, strict=True)):
+        loss = shared[index] if shared is not None else task_loss(params, task)
+        found = torch.autograd.grad(
+            loss, list(params.values()), retain_graph=shared is not None, materialize_grads=True
+        )
         gradients.append(dict(zip(params, found)))
         losses.append(loss.item())
     return gradients, losses
@@ -89,19 +97,26 @@ def describe(gradients: list[Params], losses: list[float]) -> GradientStats:
     return GradientStats(sum(losses) / count, discrepancy.item(), cosine.item() if count > 1 else 1.0)
 
 
-def implicit_step(task_loss: TaskLoss, params: Params, batches: Batch, alpha: float) -> tuple[Params, GradientStats]:
+def implicit_step(
+    task_loss: TaskLoss,
+    params: Params,
+    batches: Batch,
+    alpha: float,
+    together: TaskLosses | None = None,
+) -> tuple[Params, GradientStats]:
     r"""The direction :math:`d` of implicit gradient regularization; the caller's optimiser descends it.
 
     Args:
         task_loss: loss of one task, differentiable in the parameters.
         params: leaves that require gradients; not changed.
         batches: tensors whose leading axis is the task.
-        alpha: α, the displacement; 0 gives :math:`\bar g` at half the cost.
+        alpha: α, the displacement; 0 gives :math:`\bar g` at less than half the cost.
+        together: as in :func:`task_gradients`, for the gradients at θ.
 
     Returns:
         d by parameter, and what was seen at θ.
     """
-    gradients, losses = task_gradients(task_loss, params, batches)
+    gradients, losses = task_gradients(task_loss, params, batches, together)
     mean = mean_gradient(gradients)
     stats = describe(gradients, losses)
     if alpha == 0 or len(gradients) == 1:

@@ -19,11 +19,12 @@ R                   gradient discrepancy                       ``GradientStats.d
 Deviations from the published code, each for a reason: recovery once into a bank, not anew in every epoch (cost);
 per-sample Fisher with a refitted head, not the squared batch gradient (identity 2 of the design); θ_i detached (the
 kept graph regularises twice as much, at second order); Kullback-Leibler divergence of log-probabilities, not of
-probabilities; models drawn without replacement, groups in proportion to their size; batch norm inductive; the replay
-loss is added to the implicit step instead of taking an Adam step of its own; the best step is chosen on validation
-classes, never on test classes. The loss ``relational`` is ours.
+probabilities; models drawn without replacement, groups in proportion to their size; batch norm inductive; a fixed
+number of replay updates instead of an early-stop rule; the best step chosen on validation classes, not on test classes.
+The loss ``relational``, as task loss and as replay, is ours.
 
-Cost of a step: 2n forward and backward passes over ``batch`` images (n with α = 0), and no pass of any teacher.
+Cost of a step: 2n forward and backward passes over ``batch`` images (n with α = 0), those of the replay, and no pass of
+any teacher.
 """
 
 from collections.abc import Mapping
@@ -98,19 +99,24 @@ class TGR(Settings):
     """Support images of a class in a training episode."""
     query: int = pydantic.Field(default=5, ge=1)
     """Query images of a class in a training episode."""
-    steps: int = pydantic.Field(default=600, ge=1)
-    """Optimiser steps."""
-    batch: int = pydantic.Field(default=128, ge=8)
+    steps: int = pydantic.Field(default=150, ge=1)
+    """Steps of stage 4, each followed by replay."""
+    batch: int = pydantic.Field(default=64, ge=8)
     """Images of one task in one step."""
     learning_rate: float = pydantic.Field(default=2e-3, gt=0)
     """Of Adam; it falls to a hundredth along half a cosine."""
-    replay: float = pydantic.Field(default=0.0, ge=0)
-    """Stage 5: weight of the replay loss; 0 leaves it out."""
+    replay: Literal["none", "episodes", "relational"] = "relational"
+    """Stage 5, on the whole bank. ``episodes``: the paper's, classes mixed across models, through the learner;
+    ``relational``: ours, the neighbourhoods of all models together."""
+    replay_updates: int = pydantic.Field(default=6, ge=0)
+    """Optimiser steps of the replay after each step of stage 4."""
+    replay_batch: int = pydantic.Field(default=256, ge=8)
+    """Images of a relational replay."""
     replay_tasks: int = pydantic.Field(default=4, ge=1)
-    """Episodes of the bank in a step's replay."""
+    """Episodes of a replay."""
     average: float = pydantic.Field(default=0.98, ge=0, lt=1)
     """Decay of the running mean of the weights that is kept; 0 keeps the last weights."""
-    check_every: int = pydantic.Field(default=100, ge=1)
+    check_every: int = pydantic.Field(default=30, ge=1)
     """Steps between checkpoints, each a candidate on validation classes."""
 
     def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> MetaModel:
@@ -128,7 +134,8 @@ class TGR(Settings):
         bank = recover_pool(pool, self.recovery, store)
         groups = self.grouped(pool, bank, store, seed)
         input = pool.manifest.models[0].input
-        views = view_bank(pool, bank, groups, input, self.views, store) if self.task_loss == "relational" else []
+        relational = "relational" in (self.task_loss, self.replay)
+        views = view_bank(pool, bank, [pool.ids], input, self.views, store)[0] if relational else None
         key = {
             "method": self.model_dump(mode="json"),
             "bank": bank.digest(),
@@ -164,7 +171,7 @@ class TGR(Settings):
         self,
         bank: TaskBank,
         groups: list[list[str]],
-        views: list[Views],
+        views: Views | None,
         input: InputSpec,
         store: Store,
         seed: int,
@@ -174,19 +181,20 @@ class TGR(Settings):
     ) -> None:
         """Stages 4 and 5: the checkpointed loop."""
         student = Student(self.width, self.way, self.learner, input, bank, seed)
-        training = Training(student.initial(), self.steps, self.learning_rate, self.average)
+        updates = 0 if self.replay == "none" else self.replay_updates
+        training = Training(student.initial(), self.steps * (1 + updates), self.learning_rate, self.average)
         tasks = Tasks(self, student, bank, groups, views)
         sizes = torch.tensor([float(len(group)) for group in groups])
         for step in store.steps("meta-train", key, training, self.steps, self.check_every):
             generator = generator_for(seed, "tgr", "step", str(step))
             group = int(torch.multinomial(sizes, 1, generator=generator))
             batches, task_loss = tasks.draw(group, generator)
-            direction, stats = implicit_step(task_loss, training.params, batches, self.alpha)
-            record = {"method": self.name, "step": step, "group": group, **vars(stats)}
-            if self.replay:
-                record["replay"], gradient = tasks.replay(training.params, generator)
-                direction = {name: value + self.replay * gradient[name] for name, value in direction.items()}
+            direction, stats = implicit_step(task_loss, training.params, batches, self.alpha, tasks.together)
             training.descend(direction)
+            record = {"method": self.name, "step": step, "group": group, **vars(stats)}
+            for _ in range(updates):
+                record["replay"], gradient = tasks.replay(training.params, generator)
+                training.descend(gradient)
             if (step + 1) % self.check_every == 0 or step + 1 == self.steps:
                 record["validation"] = student.accuracy(training.kept(), validation)
                 training.keep_if_better(record["validation"])

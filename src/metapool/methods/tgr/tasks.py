@@ -27,7 +27,7 @@ class Tasks:
         student: the network in training, and its input.
         bank: recovered tasks.
         groups: model ids of every group.
-        views: what the models of every group say of its images, for ``relational``.
+        views: what all models say of the bank's images, for ``relational``.
     """
 
     def __init__(
@@ -36,18 +36,26 @@ class Tasks:
         student: Student,
         bank: TaskBank,
         groups: list[list[str]],
-        views: list[Views],
+        views: Views | None,
     ) -> None:
         self.method = method
+        self.together = self._relational_together if method.task_loss == "relational" else None
         self.network = student.network
         self.input = student.input
         self.groups = groups
-        self.views = views
         self.bank = dict(bank) if method.task_loss != "relational" else {}
-        self.directions = [
-            {id: F.normalize(f.float(), dim=1).half() for id, f in view.features.items()} for view in views
-        ]
-        self.named = bank.labelled("by-name", student.input) if method.replay else None
+        self.named = bank.labelled("by-name", student.input) if method.replay == "episodes" else None
+        if views is None:
+            return
+        self.images = views.images
+        # Directions of all models side by side: one product gives the sum of their cosines.
+        parts = {id: F.normalize(features.float(), dim=1).half() for id, features in views.features.items()}
+        ends = torch.tensor([part.shape[1] for part in parts.values()]).cumsum(0).tolist()
+        self.columns = {id: slice(end - part.shape[1], end) for (id, part), end in zip(parts.items(), ends)}
+        self.directions = torch.cat(list(parts.values()), 1)
+        places = {id: place for place, id in enumerate(views.features)}
+        owners = [torch.tensor([places[id] for id in group]) for group in groups]
+        self.rows = [torch.where(torch.isin(views.owner, owner))[0] for owner in owners]
 
     def draw(self, group: int, generator: torch.Generator) -> tuple[Batch, TaskLoss]:
         """Batches of n models of a group, and the loss of one of them.
@@ -69,16 +77,25 @@ class Tasks:
         return self._draw_recovered(teachers, self.method.shot + self.method.query, generator), self._episodic
 
     def _draw_relational(self, group: int, teachers: list[str], generator: torch.Generator) -> Batch:
-        drawn = torch.randint(len(self.views[group].images), (self.method.batch,), generator=generator)
-        images = self.input.prepare(to_float(self.views[group].images[drawn]))
-        directions = [self.directions[group][id][drawn].float() for id in teachers]
+        """Images that the group's models gave, and what each teacher thinks of how alike they are."""
+        rows = self.rows[group]
+        drawn = rows[torch.randint(len(rows), (self.method.batch,), generator=generator)]
+        directions = [self.directions[drawn, self.columns[id]].float() for id in teachers]
+        images = self.input.prepare(to_float(self.images[drawn]))
         return images.expand(len(teachers), *images.shape), torch.stack([d @ d.T for d in directions])
 
     def _relational(self, params: Params, batch: Batch) -> Tensor:
         images, cosines = batch
+        return relational_loss(self._features(params, images), cosines, self.method.temperature)
+
+    def _relational_together(self, params: Params, batches: Batch) -> list[Tensor]:
+        """All teachers judge the same images, which pass through the meta-model once."""
+        features = self._features(params, batches[0][0])
+        return [relational_loss(features, cosines, self.method.temperature) for cosines in batches[1]]
+
+    def _features(self, params: Params, images: Tensor) -> Tensor:
         with half_precision():
-            features = call(self.network, params, images, method="features")
-        return relational_loss(widen(features), cosines, self.method.temperature)
+            return widen(call(self.network, params, images, method="features"))
 
     def _draw_classify(self, teachers: list[str], generator: torch.Generator) -> Batch:
         return self._draw_recovered(teachers, self.method.batch // self.method.way, generator)
@@ -113,15 +130,29 @@ class Tasks:
         return F.cross_entropy(logits, labels[~in_support])
 
     def replay(self, params: Params, generator: torch.Generator) -> tuple[float, Params]:
-        """Mean query loss of episodes whose classes mix models; one name is one class.
+        """One replay on the whole bank.
 
         Args:
             params: the meta-model's.
             generator: of the draw.
 
         Returns:
-            The loss and its gradient.
+            The mean loss and its gradient.
         """
+        relational = self.method.replay == "relational"
+        batches = self._replay_images(generator) if relational else self._replay_episodes(generator)
+        gradients, losses = task_gradients(self._relational if relational else self._episodic, params, batches)
+        return sum(losses) / len(losses), mean_gradient(gradients)
+
+    def _replay_images(self, generator: torch.Generator) -> Batch:
+        """Images of all models and blends of them, and what all models together think of how alike they are."""
+        drawn = torch.randint(len(self.images), (self.method.replay_batch,), generator=generator)
+        directions = self.directions[drawn].float()
+        images = self.input.prepare(to_float(self.images[drawn]))
+        return images.unsqueeze(0), (directions @ directions.T / len(self.columns)).unsqueeze(0)
+
+    def _replay_episodes(self, generator: torch.Generator) -> Batch:
+        """Episodes whose classes mix models; one name is one class."""
         assert self.named is not None
         way = min(self.method.way, len(self.named.classes))
         per_class = self.method.shot + self.method.query
@@ -130,6 +161,4 @@ class Tasks:
         for _ in range(self.method.replay_tasks):
             rows, _chosen = draw_classes(self.named.labels, len(self.named.classes), way, per_class, generator)
             episodes.append(self.input.prepare(to_float(self.named.images[rows])))
-        batches = (torch.stack(episodes), labels.expand(len(episodes), -1))
-        gradients, losses = task_gradients(self._episodic, params, batches)
-        return sum(losses) / len(losses), mean_gradient(gradients)
+        return torch.stack(episodes), labels.expand(len(episodes), -1)
