@@ -30,6 +30,8 @@ RECIPE: dict[str, Any] = {
         "batch": 32,
         "check_every": 20,
         "learning_rate": 0.01,
+        "replay_updates": 1,
+        "replay_batch": 32,
         "average": 0.5,
     },
     "compare": ["untrained", "best-single", "ensemble"],

@@ -38,6 +38,9 @@ SMALL_TGR: dict[str, Any] = {
     "batch": 32,
     "check_every": 10,
     "learning_rate": 0.01,
+    "replay": "relational",
+    "replay_updates": 1,
+    "replay_batch": 32,
     "views": ViewSettings(copies=1, blends=1),
 }
 

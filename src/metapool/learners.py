@@ -262,6 +262,7 @@ class MetaModel(nn.Module):
         learner: how it answers an episode.
         input: what it expects of an image.
         history: one record per step of its training, when known.
+        projection: float [D, k], a linear map of the features (ProtoNet only).
     """
 
     KIND = "meta-model"
@@ -273,8 +274,10 @@ class MetaModel(nn.Module):
         learner: MAML | ANIL | ProtoNet,
         input: InputSpec,
         history: Sequence[Mapping[str, Any]] = (),
+        projection: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self.projection = projection
         self.history = list(history)
         self.network = network.eval()
         self.spec = spec
@@ -291,8 +294,12 @@ class MetaModel(nn.Module):
             float [N, D] features for ProtoNet, prepared images for MAML and ANIL.
         """
         params, buffers = self._tensors()
-        function = lambda part: self.learner.encode(self.network, params, buffers, self.input.prepare(part))  # noqa: E731
-        return in_chunks(function, images)
+
+        def encode(part: Tensor) -> Tensor:
+            features = self.learner.encode(self.network, params, buffers, self.input.prepare(part))
+            return features if self.projection is None else features @ self.projection
+
+        return in_chunks(encode, images)
 
     def classify(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         """Logits of encoded queries.
@@ -324,7 +331,9 @@ class MetaModel(nn.Module):
     def parameter_count(self) -> int:
         """Numbers that must be kept to answer: without the head for ProtoNet."""
         unused = "head." if isinstance(self.learner, ProtoNet) else "\n"
-        return sum(p.numel() for name, p in self.network.named_parameters() if not name.startswith(unused))
+        projection = 0 if self.projection is None else self.projection.numel()
+        kept = (p.numel() for name, p in self.network.named_parameters() if not name.startswith(unused))
+        return sum(kept) + projection
 
     @property
     def models_at_inference(self) -> int:
@@ -337,7 +346,10 @@ class MetaModel(nn.Module):
         Args:
             folder: an existing folder.
         """
-        save_file({k: v.contiguous() for k, v in self.network.state_dict().items()}, folder / "model.safetensors")
+        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
+        if self.projection is not None:
+            weights["projection"] = self.projection.contiguous()
+        save_file(weights, folder / "model.safetensors")
         about = {
             "kind": self.KIND,
             "version": 1,
@@ -365,14 +377,16 @@ class MetaModel(nn.Module):
         try:
             about = _About.model_validate_json((folder / "model.json").read_text())
             network = build(about.network, torch.Generator())
-            network.load_state_dict(load_file(folder / "model.safetensors"))
+            weights = load_file(folder / "model.safetensors")
+            projection = weights.pop("projection", None)
+            network.load_state_dict(weights)
             steps = folder / "steps.jsonl"
             history = [json.loads(line) for line in steps.read_text().splitlines()] if steps.is_file() else []
         except OSError as error:
             raise MetapoolError(f"{folder} is no saved model: {error.filename or error} is missing") from error
         except (ValueError, RuntimeError, SafetensorError) as error:
             raise MetapoolError(f"{folder}: its model.json and model.safetensors do not fit: {error}") from error
-        return cls(network, about.network, about.learner, about.input, history)
+        return cls(network, about.network, about.learner, about.input, history, projection)
 
     def _tensors(self) -> tuple[Params, dict[str, Tensor]]:
         return dict(self.network.named_parameters()), dict(self.network.named_buffers())

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from metapool.bank import TaskBank
-from metapool.base.functional import Params, params_of, running_statistics
+from metapool.base.functional import Params, in_chunks, params_of, running_statistics, whitening
 from metapool.base.images import InputSpec, LabelledImages, to_float
 from metapool.base.networks import NetworkSpec, build
 from metapool.base.store import generator_for
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
-from metapool.learners import AnyLearner, MetaModel
+from metapool.learners import AnyLearner, MetaModel, ProtoNet
 
 CALIBRATION_IMAGES = 1024
 
@@ -27,9 +27,20 @@ class Student:
         input: what it expects of an image.
         bank: recovered tasks, on whose images statistics are estimated.
         seed: of the initial weights and of the calibration images.
+        whiten: power of the map that evens out its features (ProtoNet only); 0 leaves them as they are.
     """
 
-    def __init__(self, width: int, way: int, learner: AnyLearner, input: InputSpec, bank: TaskBank, seed: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        way: int,
+        learner: AnyLearner,
+        input: InputSpec,
+        bank: TaskBank,
+        seed: int,
+        whiten: float = 0.0,
+    ) -> None:
+        self.whiten = whiten if isinstance(learner, ProtoNet) else 0.0
         self.spec = NetworkSpec(
             architecture="conv4",
             width=width,
@@ -68,7 +79,11 @@ class Student:
             The model; it shares the student's network, so the next call changes it.
         """
         self.network.load_state_dict({**params, **running_statistics(self.network, params, self.calibration)})
-        return MetaModel(self.network, self.spec, self.learner, self.input, history)
+        model = MetaModel(self.network, self.spec, self.learner, self.input, history)
+        if self.whiten:
+            features = in_chunks(self.network.features, self.calibration)
+            model.projection = whitening(features, self.whiten)
+        return model
 
     def accuracy(self, params: Params, validation: LabelledImages | None, episodes: int = 200) -> float | None:
         """1-shot accuracy on validation classes.

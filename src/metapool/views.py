@@ -27,7 +27,7 @@ VERSION = 1
 class ViewSettings(Settings):
     """Which images the models look at."""
 
-    copies: int = pydantic.Field(default=2, ge=0)
+    copies: int = pydantic.Field(default=1, ge=0)
     """Augmented copies of every recovered image, beside the image itself."""
     blends: int = pydantic.Field(default=1, ge=0)
     """Times the number of recovered images: blends of two images drawn at random."""

@@ -197,3 +197,26 @@ def moments(features: Tensor) -> tuple[Tensor, Tensor]:
     """
     std, mean = torch.std_mean(features.float(), 0)
     return mean, std + 1e-3 * std.mean() + 1e-6
+
+
+def whitening(features: Tensor, power: float, dimensions: int | None = None) -> Tensor:
+    r"""A linear map that evens out how much each direction of feature space says, :math:`W = U \Lambda^{-p/2}`.
+
+    :math:`U \Lambda U^\top` is the second moment :math:`E[f f^\top]`, not centred: cosines are taken from the origin.
+
+    Args:
+        features: float [N, D].
+        power: p in [0, 1]; 0 only rotates, 1 whitens.
+        dimensions: k, the strongest directions to keep; all D when not given.
+
+    Returns:
+        W, float32 [D, k].
+    """
+    rows = features.double()
+    strength, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
+    strength, axes = strength.flip(0), axes.flip(1)
+    kept = min(dimensions or len(strength), len(strength))
+    # A direction without strength is noise: it gets no more weight than a weak one.
+    strength = strength.clamp(min=1e-5 * float(strength[0]))[:kept]
+    weights: Tensor = axes[:, :kept] * strength.pow(-power / 2)
+    return weights.float()

@@ -41,8 +41,18 @@ AnyMethod = Annotated[
 
 NAMED: dict[str, AnyMethod] = {
     **{name: method() for name, method in METHODS.items()},
-    "tgr-maml": TGR(task_loss="classify", learner=MAML(), replay="episodes", replay_updates=2, steps=60, batch=50),
-    "tgr-protonet": TGR(task_loss="classify", learner=ProtoNet(), replay="episodes", replay_updates=4, batch=50),
+    "tgr-maml": TGR(
+        task_loss="classify",
+        learner=MAML(),
+        replay="episodes",
+        replay_updates=2,
+        steps=40,
+        batch=50,
+        learning_rate=1e-3,
+    ),
+    "tgr-protonet": TGR(
+        task_loss="classify", learner=ProtoNet(), replay="episodes", replay_updates=4, batch=50, learning_rate=1e-3
+    ),
 }
 """Methods at their defaults, and the paper's own TGR (its task loss, with the learner that it names) twice."""
 

@@ -85,6 +85,9 @@ class TGR(Settings):
     """Stage 4: what the meta-model is to do on one model's task."""
     temperature: float = pydantic.Field(default=0.05, gt=0)
     """Of the neighbourhoods that ``relational`` compares."""
+    whiten: float = pydantic.Field(default=0.3, ge=0, le=1)
+    """How far the meta-model's features are whitened by their second moment on recovered images, when it answers by
+    ProtoNet: a linear map that evens out what each direction says. 0 leaves it out."""
     alpha: float = pydantic.Field(default=1e-3, ge=0)
     """Displacement of the implicit step; 0 turns the gradient regularization off."""
     views: ViewSettings = ViewSettings()
@@ -99,16 +102,16 @@ class TGR(Settings):
     """Support images of a class in a training episode."""
     query: int = pydantic.Field(default=5, ge=1)
     """Query images of a class in a training episode."""
-    steps: int = pydantic.Field(default=150, ge=1)
+    steps: int = pydantic.Field(default=100, ge=1)
     """Steps of stage 4, each followed by replay."""
     batch: int = pydantic.Field(default=64, ge=8)
     """Images of one task in one step."""
-    learning_rate: float = pydantic.Field(default=2e-3, gt=0)
+    learning_rate: float = pydantic.Field(default=5e-3, gt=0)
     """Of Adam; it falls to a hundredth along half a cosine."""
     replay: Literal["none", "episodes", "relational"] = "relational"
     """Stage 5, on the whole bank. ``episodes``: the paper's, classes mixed across models, through the learner;
     ``relational``: ours, the neighbourhoods of all models together."""
-    replay_updates: int = pydantic.Field(default=6, ge=0)
+    replay_updates: int = pydantic.Field(default=9, ge=0)
     """Optimiser steps of the replay after each step of stage 4."""
     replay_batch: int = pydantic.Field(default=256, ge=8)
     """Images of a relational replay."""
@@ -116,7 +119,7 @@ class TGR(Settings):
     """Episodes of a replay."""
     average: float = pydantic.Field(default=0.98, ge=0, lt=1)
     """Decay of the running mean of the weights that is kept; 0 keeps the last weights."""
-    check_every: int = pydantic.Field(default=30, ge=1)
+    check_every: int = pydantic.Field(default=20, ge=1)
     """Steps between checkpoints, each a candidate on validation classes."""
 
     def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> MetaModel:
@@ -180,7 +183,7 @@ class TGR(Settings):
         folder: Path,
     ) -> None:
         """Stages 4 and 5: the checkpointed loop."""
-        student = Student(self.width, self.way, self.learner, input, bank, seed)
+        student = Student(self.width, self.way, self.learner, input, bank, seed, self.whiten)
         updates = 0 if self.replay == "none" else self.replay_updates
         training = Training(student.initial(), self.steps * (1 + updates), self.learning_rate, self.average)
         tasks = Tasks(self, student, bank, groups, views)

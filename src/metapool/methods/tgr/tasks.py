@@ -48,10 +48,10 @@ class Tasks:
         if views is None:
             return
         self.images = views.images
-        # Directions of all models side by side: one product gives the sum of their cosines.
         parts = {id: F.normalize(features.float(), dim=1).half() for id, features in views.features.items()}
         ends = torch.tensor([part.shape[1] for part in parts.values()]).cumsum(0).tolist()
         self.columns = {id: slice(end - part.shape[1], end) for (id, part), end in zip(parts.items(), ends)}
+        # Side by side: one product gives the sum of all models' cosines.
         self.directions = torch.cat(list(parts.values()), 1)
         places = {id: place for place, id in enumerate(views.features)}
         owners = [torch.tensor([places[id] for id in group]) for group in groups]
