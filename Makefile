@@ -24,7 +24,7 @@ lint: env  ## ruff, mypy --strict, import contract
 	$(BIN)/lint-imports
 
 test: lint  ## lint, types, tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 
 pool: env  ## rebuild the shipped pool (maintainers; about half an hour on 2 cores)
 	rm -rf src/metapool/shipped/icons-30

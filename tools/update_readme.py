@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from metapool.interface.figures import accuracy_against_cost
+from metapool.interface.report.files import Scores
+from metapool.interface.report.wording import points_of
+
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -55,6 +59,10 @@ def main() -> None:
     pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
     filled = f"{BEGIN}\n{table(run, scores)}\n{END}"
     readme.write_text(re.sub(pattern, lambda _: filled, text, flags=re.DOTALL))
+    shot = max(int(shot) for row in scores["methods"].values() for shot in row["shots"])
+    points = points_of(Scores.model_validate(scores), shot, run["headline"])
+    figure = accuracy_against_cost(points, f"{shot}-shot accuracy, {scores['episodes']['way']}-way (%)")
+    (ROOT / "docs" / "accuracy-against-cost.svg").write_text(figure)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import metapool
+from metapool import embed, recover, views
 from metapool.base.errors import MetapoolError
 from metapool.base.images import LabelledImages
 from metapool.base.store import Progress, Store, digest_of, digest_of_file, silent
@@ -28,7 +29,7 @@ from metapool.interface.recipe import (
     validation_images,
 )
 from metapool.interface.report import write_report
-from metapool.methods import AnyMethod, load_model
+from metapool.methods import AnyMethod, load_model, tgr
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool
 from metapool.recover import recover_pool
@@ -87,7 +88,7 @@ def run(recipe: Recipe, progress: Progress = silent) -> Path:
     _write_gallery(folder, pool, methods[main], store, recipe.seed)
     seconds = _seconds(folder, recipe, store)
     _write_json(folder / "scores.json", {**_scores_file(main, rows, scores, episodes), "seconds": seconds})
-    _write_json(folder / "run.json", _run_file(recipe, pool, started, main))
+    _write_json(folder / "run.json", {**_run_file(recipe, pool, started, main), "used": store.used})
     _replace_text(folder / "recipe.yaml", recipe_text(recipe))
     return write_report(folder)
 
@@ -121,7 +122,7 @@ def _fit(method: AnyMethod, pool: ModelPool, store: Store, seed: int, validation
         "pool": pool.digest(),
         "seed": seed,
         "validation": validation.digest() if validation else None,
-        "version": VERSION,
+        "versions": [VERSION, recover.VERSION, embed.VERSION, views.VERSION, tgr.VERSION],
     }
     return store.artifact(
         f"fit-{method.name}", key, lambda folder: method.fit(pool, store, seed, validation).save(folder)
