@@ -4,6 +4,7 @@ import cases
 import pytest
 import torch
 
+from metapool.base.errors import MetapoolError
 from metapool.base.images import (
     InputSpec,
     LabelledImages,
@@ -85,7 +86,7 @@ def test_colour_to_grey_is_luma_not_the_mean() -> None:
 
 
 def test_channels_that_cannot_be_converted_are_an_error() -> None:
-    with pytest.raises(ValueError, match="2 channels into 3"):
+    with pytest.raises(MetapoolError, match="2 channels into 3"):
         convert_channels(torch.rand(1, 2, 4, 4), 3)
 
 

@@ -124,7 +124,7 @@ class GeneratorRecovery(Settings):
     per_class: int = pydantic.Field(default=30, ge=1)
     """Images recovered of every class."""
     steps: int = pydantic.Field(default=200, ge=0)
-    """Adam steps; 0 leaves the generator untrained (the input control)."""
+    """Adam steps; 0 leaves the generator untrained, its images stretched to full contrast (the input control)."""
     learning_rate: float = pydantic.Field(default=1e-2, gt=0)
     """Of generator and codes. The paper's 1e-3 recovers worse in 200 steps (docs/lab-notes.md)."""
     code: int = pydantic.Field(default=256, ge=1)
@@ -153,8 +153,14 @@ class GeneratorRecovery(Settings):
         painter = painter.to(memory_format=torch.channels_last).train()
         codes = torch.randn(len(labels), self.code, generator=generator).requires_grad_()
         unknowns = [*painter.parameters(), codes]
+
+        def images_of() -> Tensor:
+            images: Tensor = painter(codes)
+            # An untrained generator paints grey on grey; a control that shows nothing would be too easy to beat.
+            return images if self.steps else full_contrast(images)
+
         return _minimise(
-            model, labels, lambda: painter(codes), unknowns, self.steps, self.learning_rate, self.shift, self.weights,
+            model, labels, images_of, unknowns, self.steps, self.learning_rate, self.shift, self.weights,
             generator,
         )  # fmt: skip
 
@@ -234,6 +240,19 @@ def channel_moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """
     mean, variance = _ChannelMoments.apply(images)
     return mean, variance
+
+
+def full_contrast(images: Tensor) -> Tensor:
+    """Every image stretched linearly from black to white.
+
+    Args:
+        images: float [N, C, H, W].
+
+    Returns:
+        float [N, C, H, W] in [0, 1]; a constant image becomes black.
+    """
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    return (images - low) / (high - low).clamp(min=1e-6)
 
 
 @contextmanager

@@ -104,9 +104,9 @@ class Recipe(Settings):
             return self._with_recovery(NAMED["ensemble"].model_copy(update={"size": int(match[1])}))
         if name == "input-control":
             # Images of an untrained generator: whatever the method still learns, it did not learn from recovery.
-            control = GeneratorRecovery(
-                per_class=self.method.recovery.per_class, seed=self.method.recovery.seed, steps=0
-            )
+            real = self.method.recovery
+            same = {"width": real.width, "code": real.code} if isinstance(real, GeneratorRecovery) else {}
+            control = GeneratorRecovery(per_class=real.per_class, seed=real.seed, steps=0, **same)
             return self.method.model_copy(update={"recovery": control})
         known = ", ".join([*NAMED, "ensemble-K", "input-control", *self.variants])
         raise MetapoolError(f"compare: no method is named {name!r}; known are {known}")
