@@ -34,15 +34,51 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown page.
+
+    Args:
+        result: content of the JSON file.
+
+    Returns:
+        Markdown.
+    """
+    settings = result["settings"]
+    lines = [
+        "# Does each part of TGR matter?",
+        "",
+        f"Made by `{result['command']}` from `benchmarks/results/ablation.json`: stage 4 without replay unless said,",
+        f"{settings['steps']} steps, seeds {', '.join(map(str, settings['seeds']))}, one bank, 600 5-way episodes of",
+        "meta-test classes. Mean ± deviation over the seeds, in percent; difference to the first row with its 95 %",
+        "interval over episodes.",
+        "",
+        "| variant | 1-shot | difference | 5-shot | difference |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["rows"].items():
+        cells = [name]
+        for shot in ("1", "5"):
+            score, gap = row["shots"][shot], row["shots"][shot]["difference_to_first"]
+            cells += [f"{score['mean']:.1f} ± {score['spread']:.1f}"]
+            cells += [f"{gap['mean']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f})"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Runs all variants and writes one JSON file."""
+    """Runs all variants and writes one JSON file and one page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
     parser.add_argument("--store", type=Path, default=Path("store"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ablation.json"))
+    parser.add_argument("--page", type=Path, default=Path("docs/ablation.md"))
+    parser.add_argument("--page-only", action="store_true", help="write the page from the JSON file and run nothing")
     options = parser.parse_args()
+    if options.page_only:
+        options.page.write_text(table(json.loads(options.out.read_text())))
+        return
     recipe = load_recipe("main")
     assert isinstance(recipe.method, TGR)
     pool = open_pool(recipe.pool)
@@ -78,6 +114,7 @@ def main() -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         command = f"python benchmarks/ablation.py --seeds {' '.join(map(str, options.seeds))} --steps {options.steps}"
         options.out.write_text(json.dumps({"command": command, "settings": settings, "rows": rows}, indent=1) + "\n")
+    options.page.write_text(table(json.loads(options.out.read_text())))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from metapool.base.errors import MetapoolError
-from metapool.interface import figures
+from metapool.interface import figures, report
 from metapool.interface.figures.labels import place_labels
 from metapool.interface.report import wording, write_report
 from metapool.interface.report.files import Scores
@@ -267,3 +267,13 @@ def test_two_digits(value, text):
 )
 def test_time_in_words(own, other, words):
     assert wording.time_ratio(own, other) == words
+
+
+@pytest.mark.parametrize("module", ["matplotlib", "jinja2"])
+def test_a_run_learns_at_its_start_that_the_report_lacks_a_package(
+    module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report.check_installed()
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == module else object())
+    with pytest.raises(MetapoolError, match=f"needs {module}: pip install 'metapool"):
+        report.check_installed()

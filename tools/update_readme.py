@@ -62,7 +62,9 @@ def main() -> None:
     shot = max(int(shot) for row in scores["methods"].values() for shot in row["shots"])
     points = points_of(Scores.model_validate(scores), shot, run["headline"])
     figure = accuracy_against_cost(points, f"{shot}-shot accuracy, {scores['episodes']['way']}-way (%)")
-    (ROOT / "docs" / "accuracy-against-cost.svg").write_text(figure)
+    # The report's figures are inline; alone, one needs its namespace, and a ground that a dark page cannot swallow.
+    alone = figure.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1)
+    (ROOT / "docs" / "accuracy-against-cost.svg").write_text(alone)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from metapool.interface.recipe import (
     recipe_text,
     validation_images,
 )
-from metapool.interface.report import write_report
+from metapool.interface.report import check_installed, write_report
 from metapool.methods import AnyMethod, load_model, tgr
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool
@@ -50,6 +50,7 @@ def run(recipe: Recipe, progress: Progress = silent) -> Path:
     Raises:
         MetapoolError: when the pool is empty.
     """
+    check_installed()
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     pool = open_pool(recipe.pool)[: recipe.limit]
     jobs = recipe.jobs or cores()

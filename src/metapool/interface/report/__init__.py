@@ -6,6 +6,7 @@ models and methods come from strangers, so the template escapes everything but t
 
 import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from metapool.interface.report import wording
 from metapool.interface.report.files import Grouping, PoolModel, Run, Scores, read_curves, read_json
 from metapool.interface.report.wording import headline_sentence, verdict_sentence
 
-__all__ = ["headline_sentence", "verdict_sentence", "write_report"]
+__all__ = ["check_installed", "headline_sentence", "verdict_sentence", "write_report"]
 
 SHOWN_CLASSES, SHOWN_IMAGES, SHOWN_PER_ARCHITECTURE = 8, 6, 2
 CURVES = {
@@ -28,6 +29,17 @@ CURVES = {
     "validation": "Accuracy on validation tasks (%)",
     "replay": "Replay loss",
 }
+
+
+def check_installed() -> None:
+    """Says at the start of a run what its report, which comes last, would lack.
+
+    Raises:
+        MetapoolError: when jinja2 or matplotlib is not installed.
+    """
+    for name in ("jinja2", "matplotlib"):
+        if find_spec(name) is None:
+            raise MetapoolError(f"the report needs {name}: pip install 'metapool[report]'")
 
 
 def write_report(run: Path) -> Path:
