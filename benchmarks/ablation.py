@@ -30,7 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "task loss episodic": {"task_loss": "episodic"},
     "task loss classify": CLASSIFY,
     "task loss classify, episodes replayed": {**CLASSIFY, "replay": "episodes", "replay_updates": 4},
-    "relational replay (the main recipe, fewer steps)": {"replay": "relational", "steps": 30},
+    "relational replay, half the steps": {"replay": "relational", "steps": 30},
 }
 
 
