@@ -1,8 +1,8 @@
 """What a practitioner does with a pool today: concatenate the features of all models, nearest centroid.
 
 Chowdhury et al. 2021 ("Few-shot image classification: just use a library of pre-trained feature extractors and a simple
-classifier", ICCV, arXiv 2101.00562). Features of every model are standardised by their moments on recovered images,
-divided by their length, and concatenated, so that no model outweighs another by its scale or its dimension.
+classifier", ICCV, arXiv 2101.00562). Features of every model are divided by their length (after standardising, if asked
+to) and concatenated, so that no model outweighs another by its scale or its dimension.
 """
 
 import json

@@ -91,7 +91,7 @@ class TGR(Settings):
     alpha: float = pydantic.Field(default=1e-3, ge=0)
     """Displacement of the implicit step; 0 turns the gradient regularization off."""
     views: ViewSettings = ViewSettings()
-    """Images that the models of a group look at (``relational`` only)."""
+    """Images that all models look at, for ``relational`` as task loss or replay."""
     learner: AnyLearner = ProtoNet(normalise=True)
     """How the meta-model answers an episode."""
     width: int = pydantic.Field(default=64, ge=1, le=512)
