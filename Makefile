@@ -26,6 +26,9 @@ lint: env  ## ruff, mypy --strict, import contract
 test: lint  ## lint, types, tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 
+bench: env  ## time each unit against its plain reference -> benchmarks/results/units.json (about six minutes)
+	$(BIN)/python benchmarks/units.py
+
 pool: env  ## rebuild the shipped pool (maintainers; about seven minutes on 2 cores)
 	rm -rf src/metapool/shipped/icons-30
 	$(BIN)/metapool pool build --data icons --models 30 --architectures conv4:32 resnet10:12 resnet18:12 --seed 0 --licence Apache-2.0 --out src/metapool/shipped/icons-30

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from metapool.base.errors import MetapoolError
-from metapool.base.functional import moments
+from metapool.base.functional import moments, whitening
 from metapool.base.images import to_float
 from metapool.ensemble import Ensemble, model_features, raw_features
 from metapool.methods import load_model
@@ -114,6 +114,19 @@ def test_logits_are_negative_squared_distances_to_unit_centroids(shots: list[int
             expected = -((row / row.norm() - centre / centre.norm()) ** 2).sum()
             torch.testing.assert_close(found[q, k].double(), expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found, found.flip(1))
+
+
+def test_a_projection_maps_the_concatenated_features(ensemble: Ensemble, tmp_path: Path) -> None:
+    plain = ensemble.encode(IMAGES)
+    projection = whitening(plain, 0.5, 7)
+    projected = Ensemble(ensemble.models, ensemble.moments, projection=projection)
+    torch.testing.assert_close(projected.encode(IMAGES), plain @ projection)
+    assert projected.encode(IMAGES).shape == (30, 7)
+    assert projected.parameter_count == ensemble.parameter_count + projection.numel()
+    projected.save(tmp_path)
+    torch.testing.assert_close(Ensemble.load(tmp_path).encode(IMAGES), projected.encode(IMAGES), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="none of them could answer alone"):
+        Ensemble(ensemble.models, ensemble.moments, average_over_models=True, projection=projection)
 
 
 def test_order_of_models_does_not_matter(ensemble: Ensemble) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from metapool.base.functional import (
     BatchNorm,
     call,
+    convolve_and_normalise,
     half_precision,
     in_chunks,
     params_of,
@@ -156,3 +157,39 @@ def test_half_precision_only_where_the_processor_has_it() -> None:
         out = torch.ones(2, 2) @ torch.ones(2, 2)
     native = torch.cpu._is_amx_tile_supported()
     assert out.dtype == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize("first", [5, 12], ids=["support", "all"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_moments_of_a_convolution_follow_from_those_of_its_input(
+    channels: int, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, gradients and second derivatives are those of a convolution followed by batch norm."""
+    generator = torch.Generator().manual_seed(0)
+    convolution = nn.Conv2d(channels, 6, 3, padding=1, dtype=torch.float64)
+    norm = BatchNorm(6, dtype=torch.float64)
+    with torch.no_grad():
+        for value in (*convolution.parameters(), *norm.parameters()):
+            value.copy_(torch.randn(value.shape, generator=generator, dtype=torch.float64))
+    images = 3 + torch.randn(12, channels, 8, 9, generator=generator, dtype=torch.float64)
+    leaves = [convolution.weight, norm.weight, norm.bias]
+
+    def derivatives() -> list[torch.Tensor]:
+        with statistics_of_first(first):
+            out = convolve_and_normalise(convolution, norm, images)
+        gradients = torch.autograd.grad(out.sigmoid().square().sum(), leaves, create_graph=True)
+        bend = torch.autograd.grad(sum((g.square().sum() for g in gradients), torch.zeros(())), leaves)
+        return [out, *gradients, *bend]
+
+    monkeypatch.setattr("metapool.base.functional._WORTH", 0)
+    short = derivatives()
+    monkeypatch.setattr("metapool.base.functional._WORTH", 1000)
+    torch.testing.assert_close(short, derivatives())
+    with statistics_of_first(4):
+        assert not torch.allclose(convolve_and_normalise(convolution, norm, images), short[0])
+
+
+def test_outside_of_the_context_running_statistics_count() -> None:
+    convolution, norm = nn.Conv2d(1, 2, 3, padding=1), BatchNorm(2).eval()
+    images = torch.rand(3, 1, 6, 6)
+    torch.testing.assert_close(convolve_and_normalise(convolution, norm, images), norm(convolution(images)))

@@ -9,8 +9,10 @@ from metapool.base.images import (
     InputSpec,
     LabelledImages,
     augment,
+    commonest,
     convert_channels,
     digest_of_tensor,
+    place,
     shift,
     to_bytes,
     to_float,
@@ -187,3 +189,40 @@ def test_tensor_digest_sees_type_and_shape_not_strides() -> None:
     assert digest_of_tensor(tensor) == digest_of_tensor(tensor.T.contiguous().T)
     others = [tensor.view(3, 2), tensor.double(), tensor.to(torch.int32), tensor + 1]
     assert len({digest_of_tensor(value) for value in [tensor, *others]}) == 5
+
+
+def test_place_at_full_size_is_the_identity() -> None:
+    images, white = torch.rand(3, 2, 9, 7, generator=seeded()), torch.ones(2)
+    torch.testing.assert_close(place(images, (1.0, 1.0), 0, white, seeded()), images)
+    assert not torch.allclose(place(images, (0.5, 1.0), 0, white, seeded()), images)
+
+
+def test_place_keeps_the_picture_and_surrounds_it_by_the_background() -> None:
+    """At half the size, ink is a quarter: mean differences from the background scale with the area."""
+    images, background = 0.5 * torch.rand(4, 2, 32, 32, generator=seeded()), torch.tensor([1.0, 0.75])
+    half = place(images, (0.5, 0.5), 0, background, seeded())
+    behind = background.view(2, 1, 1)
+    torch.testing.assert_close((half - behind).mean((2, 3)) * 4, (images - behind).mean((2, 3)))
+    torch.testing.assert_close(half[..., :7, :], behind.expand(4, 2, 7, 32))
+    assert not torch.allclose(half[..., 9:23, 9:23], behind.expand(4, 2, 14, 14))
+    moved = place(images, (0.5, 0.5), 4, background, seeded())
+    torch.testing.assert_close((moved - behind).mean((2, 3)) * 4, (images - behind).mean((2, 3)), rtol=0.02, atol=0)
+    assert not torch.allclose(moved, half)
+
+
+def test_place_draws_each_size_apart_and_repeats_by_seed() -> None:
+    ink = torch.zeros(200, 1, 32, 32)
+    first = place(ink, (0.4, 0.8), 0, torch.ones(1), seeded(3))
+    side = (1 - first).mean((1, 2, 3)).sqrt()
+    assert 0.38 < side.min() < 0.45
+    assert 0.75 < side.max() < 0.82
+    torch.testing.assert_close(place(ink, (0.4, 0.8), 0, torch.ones(1), seeded(3)), first, rtol=0, atol=0)
+    assert not torch.allclose(place(ink, (0.4, 0.8), 0, torch.ones(1), seeded(4)), first)
+
+
+def test_commonest_value_of_every_channel() -> None:
+    images = torch.tensor([[[[7, 7], [9, 0]], [[1, 2], [3, 255]]], [[[7, 9], [9, 0]], [[255, 4], [5, 6]]]]).to(
+        torch.uint8
+    )
+    assert commonest(images).tolist() == [7, 255]
+    assert commonest(images).dtype == torch.uint8

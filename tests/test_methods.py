@@ -212,8 +212,8 @@ def test_fitting_again_makes_nothing_new(name: str, tiny_pool: ModelPool, kept: 
 def test_cost_of_an_answer(tiny_pool: ModelPool, kept: Store) -> None:
     models = {name: load_model(kept.root / "saved" / name) for name in ALL}
     networks = {name: model.models_at_inference for name, model in models.items()}
-    assert {name for name, count in networks.items() if count > 1} == {"ensemble", "ensemble-2"}
-    assert (networks["ensemble"], networks["ensemble-2"]) == (4, 2)
+    assert {name for name, count in networks.items() if count > 1} == {"ensemble", "ensemble-2", "ensemble-whitened"}
+    assert (networks["ensemble"], networks["ensemble-2"], networks["ensemble-whitened"]) == (4, 2, 4)
     sizes = {model.id: model.parameter_count for model in tiny_pool}
     assert models["ensemble"].parameter_count == sum(sizes.values())
     assert models["mean-single"].parameter_count == sum(sizes.values()) // 4
@@ -340,7 +340,7 @@ def test_all_losses_at_once_are_the_losses_one_by_one(tiny_pool: ModelPool, kept
     bank = recover_pool(tiny_pool, toys.HASTY, kept)
     input = tiny_pool.manifest.models[0].input
     views = view_bank(tiny_pool, bank, [tiny_pool.ids], input, method.views, kept)[0]
-    student = Student(8, 3, method.learner, input, bank, 0)
+    student = Student(8, 3, method.learner, input, bank.labelled("distinct", input).images, 0)
     tasks = Tasks(method, student, bank, [tiny_pool.ids], views)
     batches, task_loss = tasks.draw(0, torch.Generator().manual_seed(0))
     assert tasks.together is not None
@@ -361,7 +361,9 @@ def test_teachers_judge_images_of_their_group_and_replay_those_of_all(
     method = brief(batch=64, replay_batch=400)
     views = view_bank(tiny_pool, bank, [tiny_pool.ids], input, method.views, kept)[0]
     groups = [tiny_pool.ids[:1], tiny_pool.ids[1:]]
-    tasks = Tasks(method, Student(8, 3, method.learner, input, bank, 0), bank, groups, views)
+    tasks = Tasks(
+        method, Student(8, 3, method.learner, input, bank.labelled("distinct", input).images, 0), bank, groups, views
+    )
     owners = {image.numpy().tobytes(): int(owner) for image, owner in zip(views.images, views.owner)}
 
     def drawn_from(images: Tensor) -> set[int]:
@@ -440,7 +442,7 @@ def test_interrupted_between_checkpoints_it_ends_with_the_same_bits(
 def test_other_settings_are_another_model(
     change: dict[str, Any], tiny_pool: ModelPool, kept: Store, tmp_path: Path
 ) -> None:
-    first, other = (brief(**more).fit(tiny_pool, kept, 0) for more in ({}, change))
+    first, other = (brief(**more).fit(tiny_pool, kept, 1) for more in ({}, change))
     assert of_bytes(first, tmp_path / "first") != of_bytes(other, tmp_path / "other")
 
 
@@ -482,6 +484,22 @@ def test_a_pruned_ensemble_is_a_part_that_begins_with_the_best(tiny_pool: ModelP
     assert ids[0] == ids[3] == tiny_pool.ids
     assert ids[1] == sorted(ids[1], key=tiny_pool.ids.index)
     assert set(ids[2]) < set(ids[1]) < set(ids[0]), "greedy: the first one chosen stays"
+
+
+def test_a_whitened_ensemble_evens_out_its_directions(tiny_pool: ModelPool, kept: Store) -> None:
+    def strengths(whiten: float) -> torch.Tensor:
+        method = EnsembleAll(recovery=toys.HASTY, bank_images=50, whiten=whiten, dimensions=6)
+        ensemble = method.fit(tiny_pool, kept, 0)
+        assert isinstance(ensemble, Ensemble)
+        assert ensemble.projection is None if not whiten else ensemble.projection.shape[1] == 6
+        bank = recover_pool(tiny_pool, toys.HASTY, kept)
+        images = bank.labelled("by-name", tiny_pool.manifest.models[0].input).images
+        return ensemble.encode(to_float(images)).square().mean(0)
+
+    torch.testing.assert_close(strengths(1.0), torch.ones(6), rtol=1e-2, atol=1e-2)
+    half = strengths(0.5)
+    assert half.max() / half.min() > 1.5
+    assert strengths(0.0).shape[0] > 6
 
 
 def test_average_is_the_mean_of_the_parameters_of_one_architecture(stripes: tuple[ModelPool, Store]) -> None:

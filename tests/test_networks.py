@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from metapool.base.functional import BatchNorm
-from metapool.base.networks import Architecture, Network, NetworkSpec, build, initialise
+from metapool.base.networks import Architecture, ConvBlock, Network, NetworkSpec, build, initialise
 
 
 def built(architecture: Architecture, shape: cases.Shape, classes: int = 5, width: int = 4, seed: int = 0) -> Network:
@@ -106,3 +106,14 @@ def test_impossible_network_is_refused(field: str, value: object) -> None:
     good = cases.network_spec("conv4", (1, 16, 16), 5).model_dump()
     with pytest.raises(ValueError, match=field):
         NetworkSpec.model_validate(good | {field: value})
+
+
+def test_pooling_before_relu_is_relu_before_pooling() -> None:
+    block = ConvBlock(2, 5)
+    images = torch.randn(4, 2, 9, 8, generator=torch.Generator().manual_seed(0))
+    slow = torch.nn.functional.max_pool2d(block[1](block[0](images)).relu(), 2)
+    leaves = list(block.parameters())
+    torch.testing.assert_close(block(images), slow, rtol=0, atol=0)
+    gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (block(images), slow)]
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert gradients[0][0].abs().max() > 0

@@ -18,7 +18,7 @@ SPEC = cases.input_spec((1, 16, 16))
 
 
 def student(bank: TaskBank, seed: int = 0, input: InputSpec = SPEC, learner: AnyLearner | None = None) -> Student:
-    return Student(6, 4, learner or ProtoNet(normalise=True), input, bank, seed)
+    return Student(6, 4, learner or ProtoNet(normalise=True), input, bank.labelled("distinct", input).images, seed)
 
 
 def other_params(made: Student) -> Params:

@@ -6,7 +6,7 @@ import torch
 
 from metapool.bank import TaskBank, fit_bytes
 from metapool.base.functional import half_precision
-from metapool.base.images import to_float
+from metapool.base.images import commonest, to_float
 from metapool.base.store import Store
 from metapool.pool import ModelPool
 from metapool.views import Views, ViewSettings, view_bank
@@ -34,7 +34,7 @@ def test_first_come_the_recovered_images_in_the_order_of_the_group(views: list[V
             torch.testing.assert_close(view.labels[part], labels, rtol=0, atol=0)
             torch.testing.assert_close(view.owner[part], owner, rtol=0, atol=0)
         assert set(view.labels[3 * count :].tolist()) == set(view.owner[3 * count :].tolist()) == {-1}
-        assert not torch.equal(view.images[count : 2 * count], images), "copies are augmented"
+        assert not torch.equal(view.images[count : 2 * count], images), "copies are scaled and moved"
         assert not torch.equal(view.images[count : 2 * count], view.images[2 * count : 3 * count])
 
 
@@ -52,6 +52,19 @@ def test_every_model_of_the_group_and_no_other_looked_at_every_stored_image(
             torch.testing.assert_close(view.logits[id].float(), logits.float(), rtol=2e-2, atol=2e-2)
             shuffled = features.roll(1, 0).float()
             assert not torch.allclose(view.features[id].float(), shuffled, rtol=2e-2, atol=2e-2)
+
+
+def test_small_copies_lie_on_a_plain_background(tiny_pool: ModelPool, tiny_bank: TaskBank, store: Store) -> None:
+    def corners(scales: tuple[float, float]) -> torch.Tensor:
+        settings = ViewSettings(copies=1, blends=1, scales=scales, shift=0)
+        (view,) = view_bank(tiny_pool, tiny_bank, GROUPS[:1], SPEC, settings, store)
+        count = len(view.images) // 3
+        background = commonest(view.images[:count])
+        assert (view.images[:count, 0, 0, 0] != background).any(), "recovered images fill their frame"
+        return view.images[count:, 0, 0, 0] == background
+
+    assert corners((0.5, 0.5)).all()
+    assert not corners((1.0, 1.0)).all()
 
 
 def test_neither_copies_nor_blends(tiny_pool: ModelPool, tiny_bank: TaskBank, store: Store) -> None:

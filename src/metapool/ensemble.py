@@ -31,28 +31,38 @@ class Ensemble:
         models: the networks, all of which run for every image.
         moments: mean and deviation [D] of every model's features.
         average_over_models: answer with each model alone; logits then are [M, Q, K] (the mean single model).
+        projection: float [D₁ + … + D_M, k], a linear map of the concatenated features.
     """
 
     KIND = "ensemble"
 
     def __init__(
-        self, models: Sequence[PretrainedModel], moments: Sequence[Moments], *, average_over_models: bool = False
+        self,
+        models: Sequence[PretrainedModel],
+        moments: Sequence[Moments],
+        *,
+        average_over_models: bool = False,
+        projection: Tensor | None = None,
     ) -> None:
+        if average_over_models and projection is not None:
+            raise ValueError("a projection mixes the models: none of them could answer alone")
+        self.projection = projection
         self.models = list(models)
         self.moments = list(moments)
         self.average_over_models = average_over_models
 
     def encode(self, images: Tensor) -> Tensor:
-        """Standardised, normalised features of all models, side by side.
+        """Standardised, normalised features of all models, side by side, and projected.
 
         Args:
             images: float [N, C, H, W] in [0, 1].
 
         Returns:
-            float [N, D₁ + … + D_M].
+            float [N, D₁ + … + D_M], or [N, k] with a projection.
         """
         parts = [model_features(m, images, moment) for m, moment in zip(self.models, self.moments)]
-        return torch.cat(parts, 1)
+        features = torch.cat(parts, 1)
+        return features if self.projection is None else features @ self.projection
 
     def classify(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         """Nearest centroid.
@@ -78,8 +88,9 @@ class Ensemble:
 
     @property
     def parameter_count(self) -> int:
-        """Parameters of all models."""
+        """Parameters of all models and of the projection."""
         total = sum(model.parameter_count for model in self.models)
+        total += 0 if self.projection is None else self.projection.numel()
         return total // len(self.models) if self.average_over_models else total
 
     @property
@@ -88,7 +99,7 @@ class Ensemble:
         return 1 if self.average_over_models else len(self.models)
 
     def save(self, folder: Path) -> None:
-        """Writes the models as a pool, their moments and ``model.json``.
+        """Writes the models as a pool, their moments, the projection and ``model.json``.
 
         Args:
             folder: an existing folder.
@@ -96,10 +107,10 @@ class Ensemble:
         pool = ModelPool.create(folder / "pool", "ensemble")
         for model in self.models:
             pool.add(model)
-        save_file(
-            {f"{k}.{i}": t for i, pair in enumerate(self.moments) for k, t in zip(("mean", "std"), pair)},
-            folder / "moments.safetensors",
-        )
+        stored = {f"{k}.{i}": t for i, pair in enumerate(self.moments) for k, t in zip(("mean", "std"), pair)}
+        if self.projection is not None:
+            stored["projection"] = self.projection.contiguous()
+        save_file(stored, folder / "moments.safetensors")
         about = {"kind": self.KIND, "version": 1, "average_over_models": self.average_over_models}
         (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n")
 
@@ -123,7 +134,7 @@ class Ensemble:
             moments = [(stored[f"mean.{i}"], stored[f"std.{i}"]) for i in range(len(models))]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise MetapoolError(f"{folder} is no saved ensemble: {error}") from error
-        return cls(models, moments, average_over_models=average_over_models)
+        return cls(models, moments, average_over_models=average_over_models, projection=stored.get("projection"))
 
 
 def model_features(model: PretrainedModel, images: Tensor, moments: Moments) -> Tensor:

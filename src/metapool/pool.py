@@ -91,7 +91,8 @@ class PretrainedModel(nn.Module):
         self.accuracy = accuracy
         self.licence = licence
         self.provenance = provenance
-        self.network = network.eval().requires_grad_(False)
+        # Convolutions of a CPU are up to twice as fast in this order.
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits.

@@ -30,7 +30,7 @@ from metapool.base.images import InputSpec, shift, to_bytes, to_float
 from metapool.base.store import Settings, Store, generator_for
 from metapool.pool import ModelPool, PretrainedModel
 
-VERSION = 2
+VERSION = 3
 
 
 class LossWeights(Settings):
@@ -339,7 +339,7 @@ def _minimise(
             stacklevel=3,
         )
         weights = PRIORS
-    optimizer = torch.optim.Adam(unknowns, learning_rate, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam(unknowns, learning_rate, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1), learning_rate / 10)
     best, lowest = images_of().detach(), float("inf")
     for _ in range(steps):

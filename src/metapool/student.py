@@ -1,11 +1,11 @@
-"""The network that meta-training shapes: a Conv4 with a learner, calibrated on the bank, checked on validation."""
+"""The network that meta-training shapes: a Conv4 with a learner, calibrated on what it was trained on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from metapool.bank import TaskBank
 from metapool.base.functional import Params, in_chunks, params_of, running_statistics, whitening
 from metapool.base.images import InputSpec, LabelledImages, to_float
 from metapool.base.networks import NetworkSpec, build
@@ -18,14 +18,14 @@ CALIBRATION_IMAGES = 1024
 
 
 class Student:
-    """A Conv4 whose batch-norm statistics, at inference, are those of recovered images.
+    """A Conv4 whose batch-norm statistics, at inference, are those of images like the ones that it was trained on.
 
     Args:
         width: of the Conv4.
         way: outputs of its head.
         learner: how it answers an episode.
         input: what it expects of an image.
-        bank: recovered tasks, on whose images statistics are estimated.
+        images: uint8 [N, C, H, W], those of training: statistics and whitening are estimated on some of them.
         seed: of the initial weights and of the calibration images.
         whiten: power of the map that evens out its features (ProtoNet only); 0 leaves them as they are.
     """
@@ -36,7 +36,7 @@ class Student:
         way: int,
         learner: AnyLearner,
         input: InputSpec,
-        bank: TaskBank,
+        images: Tensor,
         seed: int,
         whiten: float = 0.0,
     ) -> None:
@@ -56,7 +56,6 @@ class Student:
         # Convolutions of a CPU are 1.6 times faster in this order, and parameters keep it.
         self.network = network.to(memory_format=torch.channels_last)
         self._start = params_of(self.network)  # the network's own change with every model that is made of it
-        images = bank.labelled("distinct", input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "student", "calibrate"))
         self.calibration = input.prepare(to_float(images[drawn[:CALIBRATION_IMAGES]]))
 

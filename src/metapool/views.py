@@ -1,8 +1,10 @@
 """Views: what pool models say of recovered images that are not their own, cached so that training runs no teacher.
 
 The images looked at are those of one group of models: every recovered image and, since a student should see more than
-its teachers gave, augmented copies and blends of pairs. All are rounded to uint8 first: features belong to the images
-that are stored.
+its teachers gave, copies and blends of pairs. Recovered images fill their frame: batch-norm statistics, which are
+pooled over all positions, say what strokes look like, not where they lie. Copies and blends are therefore shown at
+several sizes on a plain background of the images' commonest colour (docs/lab-notes.md has what that gains). All are
+rounded to uint8 first: features belong to the images that are stored.
 """
 
 from collections.abc import Sequence
@@ -17,26 +19,33 @@ from torch import Tensor
 
 from metapool.bank import TaskBank, fit_bytes
 from metapool.base.functional import half_precision, in_chunks
-from metapool.base.images import InputSpec, augment, to_bytes, to_float
+from metapool.base.images import InputSpec, commonest, place, to_bytes, to_float
 from metapool.base.store import Settings, Store, generator_for
 from metapool.pool import ModelPool
 
-VERSION = 1
+VERSION = 2
 
 
 class ViewSettings(Settings):
     """Which images the models look at."""
 
-    copies: int = pydantic.Field(default=1, ge=0)
-    """Augmented copies of every recovered image, beside the image itself."""
-    blends: int = pydantic.Field(default=1, ge=0)
+    copies: int = pydantic.Field(default=2, ge=0)
+    """Copies of every recovered image, scaled and moved, beside the image itself."""
+    blends: int = pydantic.Field(default=2, ge=0)
     """Times the number of recovered images: blends of two images drawn at random."""
-    shift: int = pydantic.Field(default=3, ge=0)
-    """Largest shift of a copy, in pixels."""
-    zoom: float = pydantic.Field(default=0.2, ge=0)
-    """Largest relative zoom of a copy."""
+    shift: int = pydantic.Field(default=4, ge=0)
+    """Largest shift of a copy or blend, in pixels."""
+    scales: tuple[pydantic.PositiveFloat, pydantic.PositiveFloat] = (0.4, 1.0)
+    """Least and largest size of a copy or blend, relative to the image; smaller ones have a plain border."""
     seed: int = 0
     """Of copies and blends."""
+
+    @pydantic.field_validator("scales")
+    @classmethod
+    def _in_order(cls, scales: tuple[float, float]) -> tuple[float, float]:
+        if scales[0] > scales[1]:
+            raise ValueError(f"the least size comes first, then the largest: {scales[1]} {scales[0]}")
+        return scales
 
 
 @dataclass(frozen=True)
@@ -113,16 +122,16 @@ def _write_images(bank: TaskBank, group: list[str], input: InputSpec, settings: 
     images = torch.cat([fit_bytes(task.images, input) for task in tasks])
     labels = torch.cat([task.labels for task in tasks])
     owner = torch.cat([torch.full_like(task.labels, index) for index, task in enumerate(tasks)])
-    floats = to_float(images)
+    floats, background = to_float(images), to_float(commonest(images))
     parts = [images]
     for _ in range(settings.copies):
-        parts.append(to_bytes(augment(floats, settings.shift, settings.zoom, generator)))
+        parts.append(to_bytes(place(floats, settings.scales, settings.shift, background, generator)))
     blends = settings.blends * len(images)
     if blends:
         first, second = torch.randint(len(images), (2, blends), generator=generator)
         share = torch.rand(blends, 1, 1, 1, generator=generator)
         mixed = share * floats[first] + (1 - share) * floats[second]
-        parts.append(to_bytes(augment(mixed, settings.shift, settings.zoom, generator)))
+        parts.append(to_bytes(place(mixed, settings.scales, settings.shift, background, generator)))
     times = 1 + settings.copies
     none = torch.full((blends,), -1)
     save_file(

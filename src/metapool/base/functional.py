@@ -46,6 +46,47 @@ class BatchNorm(nn.BatchNorm2d):
         return images * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
 
 
+def convolve_and_normalise(convolution: nn.Conv2d, norm: BatchNorm, images: Tensor) -> Tensor:
+    r"""``norm(convolution(images))``, without a pass over the result where its statistics follow from the input's.
+
+    A channel is :math:`w \cdot p + b` of patches p, so its mean is :math:`w \cdot E p + b` and its variance
+    :math:`w^\top \mathrm{Cov}(p)\, w`. With few inputs the patches' covariance is cheap, and what normalises the
+    channel then goes into the convolution's weights. Differentiable as often as asked for.
+
+    Args:
+        convolution: with zero padding, in one group.
+        norm: of its outputs.
+        images: float [N, C, H, W].
+
+    Returns:
+        float [N, O, H', W'].
+    """
+    first, weight = _first_images.get(), convolution.weight
+    if first is None or convolution.bias is None or len(weight) < _WORTH * weight[0].numel():
+        out: Tensor = norm(convolution(images))
+        return out
+    with torch.autocast("cpu", enabled=False):
+        seen = F.unfold(
+            widen(images[:first]),
+            convolution.kernel_size,
+            convolution.dilation,
+            int(convolution.padding[0]),
+            convolution.stride,
+        )
+        patches = seen.transpose(0, 1).reshape(seen.shape[1], -1)
+        centre = patches.mean(1, keepdim=True)
+        covariance = (patches - centre) @ (patches - centre).T / patches.shape[1]
+        rows = weight.flatten(1)
+        scale = norm.weight * torch.rsqrt(((rows @ covariance) * rows).sum(1) + norm.eps)
+        mean = (rows @ centre)[:, 0] + convolution.bias
+        bias = norm.bias + (convolution.bias - mean) * scale
+        weight = weight * scale.view(-1, 1, 1, 1)
+    return F.conv2d(images, weight, bias, convolution.stride, convolution.padding, convolution.dilation)
+
+
+_WORTH = 4  # outputs per number of a patch: 64 channels out of one were 1.2 times faster, 32 out of three slower
+
+
 @contextmanager
 def statistics_of_first(count: int) -> Iterator[None]:
     """Within the context, every :class:`BatchNorm` uses the statistics of the first ``count`` images.
@@ -219,4 +260,4 @@ def whitening(features: Tensor, power: float, dimensions: int | None = None) -> 
     # A direction without strength is noise: it gets no more weight than a weak one.
     strength = strength.clamp(min=1e-5 * float(strength[0]))[:kept]
     weights: Tensor = axes[:, :kept] * strength.pow(-power / 2)
-    return weights.float()
+    return weights.float().contiguous()

@@ -224,8 +224,49 @@ def augment(images: Tensor, pixels: int, zoom: float, generator: torch.Generator
     count, _, height, width = images.shape
     log_zoom = torch.log1p(torch.tensor(zoom)) * (2 * torch.rand(count, generator=generator) - 1)
     move = (2 * torch.rand(count, 2, generator=generator) - 1) * pixels * 2 / torch.tensor([width, height])
-    transform = torch.zeros(count, 2, 3)
-    transform[:, 0, 0] = transform[:, 1, 1] = torch.exp(log_zoom)
+    return F.grid_sample(images, _grid(images, torch.exp(log_zoom), move), padding_mode="border", align_corners=False)
+
+
+def place(
+    images: Tensor, scales: tuple[float, float], pixels: int, background: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Each image scaled, moved and set on a plain background, bilinear.
+
+    Args:
+        images: float [N, C, H, W].
+        scales: least and largest size of the picture relative to the image; drawn uniformly.
+        pixels: largest shift in pixels of the picture.
+        background: float [C], the colour around it.
+        generator: source of the randomness.
+
+    Returns:
+        float [N, C, H, W].
+    """
+    count, channels, height, width = images.shape
+    low, high = scales
+    scale = low + (high - low) * torch.rand(count, generator=generator)
+    move = (2 * torch.rand(count, 2, generator=generator) - 1) * pixels * 2 / torch.tensor([width, height])
+    behind = background.to(images.dtype).view(channels, 1, 1)
+    return behind + F.grid_sample(images - behind, _grid(images, 1 / scale, move), align_corners=False)
+
+
+def _grid(images: Tensor, stretch: Tensor, move: Tensor) -> Tensor:
+    """Where each pixel comes from: a fraction of the image ``stretch`` [N] times as wide, moved by ``move`` [N, 2]."""
+    transform = torch.zeros(len(images), 2, 3)
+    transform[:, 0, 0] = transform[:, 1, 1] = stretch
     transform[:, :, 2] = move
-    grid = F.affine_grid(transform.to(images.dtype), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    return F.affine_grid(transform.to(images.dtype), list(images.shape), align_corners=False)
+
+
+def commonest(images: Tensor) -> Tensor:
+    """The commonest value of every channel: of drawings, the paper's colour.
+
+    Args:
+        images: uint8 [N, C, H, W].
+
+    Returns:
+        uint8 [C].
+    """
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256).argmax() for channel in images.unbind(1)]).to(
+        torch.uint8
+    )

@@ -5,6 +5,7 @@ version of the maker); what is there is reused, what is missing is built in a te
 leaves either a whole artifact or none, so calling again goes on and ends with the same bits as an unbroken run.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -90,6 +91,24 @@ def generator_for(seed: int, *names: str) -> torch.Generator:
         A fresh generator.
     """
     return torch.Generator().manual_seed(seed_for(seed, *names))
+
+
+def keep_memory() -> None:
+    """Has this process keep the memory that it frees, where the C library can: tensors of one step serve the next.
+
+    glibc gives every block over a few megabytes back to the system as soon as it is freed, and the kernel zeroes it
+    anew for the next tensor: half the time of a training step on images (docs/lab-notes.md). Bits do not change; what
+    a process holds is then its peak. Elsewhere than on glibc this does nothing.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    for parameter, value in ((_TRIM_THRESHOLD, 2**31 - 1), (_MMAP_THRESHOLD, 2**30), (_TOP_PAD, 2**26)):
+        mallopt(ctypes.c_int(parameter), ctypes.c_int(value))
+
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of mallopt(3)
 
 
 class State(Protocol):
@@ -240,6 +259,7 @@ def _make(root: Path, kind: str, key: Key, build: Callable[[Path], None], thread
         temporary = folder.with_suffix(".building")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
+        keep_memory()
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         started = time.perf_counter()

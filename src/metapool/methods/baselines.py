@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metapool.bank import TaskBank
-from metapool.base.functional import moments, running_statistics
+from metapool.base.functional import moments, running_statistics, whitening
 from metapool.base.images import LabelledImages, to_float
 from metapool.base.networks import build
 from metapool.base.store import Settings, Store, generator_for
@@ -134,6 +134,10 @@ class EnsembleAll(_Baseline):
     """Which method this is."""
     size: int | None = pydantic.Field(default=None, ge=1)
     """Models to keep (greedy forward selection on recovered episodes); all when not given."""
+    whiten: float = pydantic.Field(default=0.0, ge=0, le=1)
+    """How far the concatenated features are whitened by their second moment on recovered images; 0 leaves it out."""
+    dimensions: int = pydantic.Field(default=1024, ge=1)
+    """Directions that whitening keeps, the strongest."""
 
     def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
         """Standardises features on the bank, and prunes when asked to.
@@ -148,10 +152,14 @@ class EnsembleAll(_Baseline):
             The ensemble.
         """
         bank, ensemble = self._ensemble(pool, store, seed)
-        if self.size is None or self.size >= len(pool):
-            return ensemble
-        kept = _choose_greedily(ensemble, _recovered(bank, pool), self.size, seed)
-        return Ensemble([ensemble.models[i] for i in kept], [ensemble.moments[i] for i in kept])
+        recovered = _recovered(bank, pool)
+        if self.size is not None and self.size < len(pool):
+            kept = _choose_greedily(ensemble, recovered, self.size, seed)
+            ensemble = Ensemble([ensemble.models[i] for i in kept], [ensemble.moments[i] for i in kept])
+        if self.whiten:
+            features = ensemble.encode(to_float(recovered.images))
+            ensemble.projection = whitening(features, self.whiten, self.dimensions)
+        return ensemble
 
 
 class Average(_Baseline):

@@ -61,7 +61,7 @@ from metapool.task_losses import relational_loss as relational_loss
 from metapool.training import Training
 from metapool.views import Views, ViewSettings, view_bank
 
-VERSION = 1
+VERSION = 2
 
 TaskLossName = Literal["relational", "classify", "episodic"]
 
@@ -86,13 +86,13 @@ class TGR(Settings):
     temperature: float = pydantic.Field(default=0.05, gt=0)
     """Of the neighbourhoods that ``relational`` compares."""
     whiten: float = pydantic.Field(default=0.3, ge=0, le=1)
-    """How far the meta-model's features are whitened by their second moment on recovered images, when it answers by
+    """How far the meta-model's features are whitened by their second moment on images of training, when it answers by
     ProtoNet: a linear map that evens out what each direction says. 0 leaves it out."""
     alpha: float = pydantic.Field(default=1e-3, ge=0)
     """Displacement of the implicit step; 0 turns the gradient regularization off."""
     views: ViewSettings = ViewSettings()
     """Images that all models look at, for ``relational`` as task loss or replay."""
-    learner: AnyLearner = ProtoNet(normalise=True)
+    learner: AnyLearner = ProtoNet(normalise=True, temperature=0.15)
     """How the meta-model answers an episode."""
     width: int = pydantic.Field(default=64, ge=1, le=512)
     """Of the meta-model, a Conv4."""
@@ -102,7 +102,7 @@ class TGR(Settings):
     """Support images of a class in a training episode."""
     query: int = pydantic.Field(default=5, ge=1)
     """Query images of a class in a training episode."""
-    steps: int = pydantic.Field(default=100, ge=1)
+    steps: int = pydantic.Field(default=140, ge=1)
     """Steps of stage 4, each followed by replay."""
     batch: int = pydantic.Field(default=64, ge=8)
     """Images of one task in one step."""
@@ -111,9 +111,9 @@ class TGR(Settings):
     replay: Literal["none", "episodes", "relational"] = "relational"
     """Stage 5, on the whole bank. ``episodes``: the paper's, classes mixed across models, through the learner;
     ``relational``: ours, the neighbourhoods of all models together."""
-    replay_updates: int = pydantic.Field(default=9, ge=0)
+    replay_updates: int = pydantic.Field(default=15, ge=0)
     """Optimiser steps of the replay after each step of stage 4."""
-    replay_batch: int = pydantic.Field(default=256, ge=8)
+    replay_batch: int = pydantic.Field(default=128, ge=8)
     """Images of a relational replay."""
     replay_tasks: int = pydantic.Field(default=4, ge=1)
     """Episodes of a replay."""
@@ -183,7 +183,8 @@ class TGR(Settings):
         folder: Path,
     ) -> None:
         """Stages 4 and 5: the checkpointed loop."""
-        student = Student(self.width, self.way, self.learner, input, bank, seed, self.whiten)
+        images = bank.labelled("distinct", input).images if views is None else views.images
+        student = Student(self.width, self.way, self.learner, input, images, seed, self.whiten)
         updates = 0 if self.replay == "none" else self.replay_updates
         training = Training(student.initial(), self.steps * (1 + updates), self.learning_rate, self.average)
         tasks = Tasks(self, student, bank, groups, views)
