@@ -357,9 +357,9 @@ from metapool.base.store import keep_memory
 if sys.argv[1] == "keep":
     keep_memory()
 def turn():
-    torch.ones(2**22)
-turn()
-turn()
+    torch.ones(2**24)
+for _ in range(8):
+    turn()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     turn()

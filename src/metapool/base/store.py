@@ -96,7 +96,7 @@ def generator_for(seed: int, *names: str) -> torch.Generator:
 def keep_memory() -> None:
     """Has this process keep the memory that it frees, where the C library can: tensors of one step serve the next.
 
-    glibc gives every block over a few megabytes back to the system as soon as it is freed, and the kernel zeroes it
+    glibc gives every block over 32 MB back to the system as soon as it is freed, and the kernel zeroes it
     anew for the next tensor: half the time of a training step on images (docs/lab-notes.md). Bits do not change; what
     a process holds is then its peak. Elsewhere than on glibc this does nothing.
     """

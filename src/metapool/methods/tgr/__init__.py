@@ -61,7 +61,7 @@ from metapool.task_losses import relational_loss as relational_loss
 from metapool.training import Training
 from metapool.views import Views, ViewSettings, view_bank
 
-VERSION = 2
+VERSION = 3
 
 TaskLossName = Literal["relational", "classify", "episodic"]
 
@@ -102,7 +102,7 @@ class TGR(Settings):
     """Support images of a class in a training episode."""
     query: int = pydantic.Field(default=5, ge=1)
     """Query images of a class in a training episode."""
-    steps: int = pydantic.Field(default=140, ge=1)
+    steps: int = pydantic.Field(default=180, ge=1)
     """Steps of stage 4, each followed by replay."""
     batch: int = pydantic.Field(default=64, ge=8)
     """Images of one task in one step."""
@@ -115,6 +115,9 @@ class TGR(Settings):
     """Optimiser steps of the replay after each step of stage 4."""
     replay_batch: int = pydantic.Field(default=128, ge=8)
     """Images of a relational replay."""
+    names: float = pydantic.Field(default=0.05, ge=0)
+    """Added, in a relational replay, to the cosine of two recovered images whose classes have one name in whatever
+    models: what no single model knows. 0 for pools whose class names do not mean the same everywhere."""
     replay_tasks: int = pydantic.Field(default=4, ge=1)
     """Episodes of a replay."""
     average: float = pydantic.Field(default=0.98, ge=0, lt=1)

@@ -53,6 +53,7 @@ class Tasks:
         self.columns = {id: slice(end - part.shape[1], end) for (id, part), end in zip(parts.items(), ends)}
         # Side by side: one product gives the sum of all models' cosines.
         self.directions = torch.cat(list(parts.values()), 1)
+        self.concepts = _concepts(views, bank)
         places = {id: place for place, id in enumerate(views.features)}
         owners = [torch.tensor([places[id] for id in group]) for group in groups]
         self.rows = [torch.where(torch.isin(views.owner, owner))[0] for owner in owners]
@@ -145,11 +146,13 @@ class Tasks:
         return sum(losses) / len(losses), mean_gradient(gradients)
 
     def _replay_images(self, generator: torch.Generator) -> Batch:
-        """Images of all models and blends of them, and what all models together think of how alike they are."""
+        """Images of all models and blends of them, and how alike all models and the class names say they are."""
         drawn = torch.randint(len(self.images), (self.method.replay_batch,), generator=generator)
-        directions = self.directions[drawn].float()
+        directions, concepts = self.directions[drawn].float(), self.concepts[drawn]
+        cosines = directions @ directions.T / len(self.columns)
+        cosines[(concepts == concepts.unsqueeze(1)) & (concepts >= 0)] += self.method.names
         images = self.input.prepare(to_float(self.images[drawn]))
-        return images.unsqueeze(0), (directions @ directions.T / len(self.columns)).unsqueeze(0)
+        return images.unsqueeze(0), cosines.unsqueeze(0)
 
     def _replay_episodes(self, generator: torch.Generator) -> Batch:
         """Episodes whose classes mix models; one name is one class."""
@@ -162,3 +165,14 @@ class Tasks:
             rows, _chosen = draw_classes(self.named.labels, len(self.named.classes), way, per_class, generator)
             episodes.append(self.input.prepare(to_float(self.named.images[rows])))
         return torch.stack(episodes), labels.expand(len(episodes), -1)
+
+
+def _concepts(views: Views, bank: TaskBank) -> Tensor:
+    """A number for the class name of each view, the same in all models; -1 for blends."""
+    names = sorted({name for id in views.features for name in bank[id].classes})
+    concepts = torch.full_like(views.labels, -1)
+    for place, id in enumerate(views.features):
+        numbers = torch.tensor([names.index(name) for name in bank[id].classes])
+        rows = (views.owner == place) & (views.labels >= 0)
+        concepts[rows] = numbers[views.labels[rows]]
+    return concepts
