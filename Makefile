@@ -26,7 +26,7 @@ lint: env  ## ruff, mypy --strict, import contract
 test: lint  ## lint, types, tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2
 
-bench: env  ## time each unit against its plain reference -> benchmarks/results/units.json (about six minutes)
+bench: env  ## time each unit against its plain reference -> benchmarks/results/units.json (about three minutes)
 	$(BIN)/python benchmarks/units.py
 
 pool: env  ## rebuild the shipped pool (maintainers; about seven minutes on 2 cores)

@@ -50,6 +50,7 @@ from metapool.pool import PretrainedModel
 from metapool.recover import Generator, LossWeights, inversion_loss
 from metapool.student import Student
 from metapool.training import Training
+from metapool.views import look
 
 SEED = 0
 Outputs = dict[str, NDArray[np.float64]]
@@ -262,7 +263,7 @@ def recovery_product(world: World) -> Piece:
     painter = painter.to(memory_format=torch.channels_last).train()
     codes.requires_grad_()
     model, weights = world.teacher("teacher-0"), LossWeights()
-    optimizer = torch.optim.Adam([*painter.parameters(), codes], 1e-3, betas=(0.5, 0.999))
+    optimizer = torch.optim.Adam([*painter.parameters(), codes], 1e-3, betas=(0.5, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200, 1e-4)
     best, lowest = torch.empty(0), float("inf")
     generator = world.draw
@@ -320,15 +321,9 @@ def teacher_product(world: World) -> Piece:
     model = world.teacher("teacher-0")
     images = world.images("views", world.sizes.bank_images)
 
-    def look(part: Tensor) -> Tensor:  # as in views._view_unit, which has no function for it
-        with half_precision():
-            features, logits = model.features_and_logits(to_float(part))
-        return torch.cat([features, logits], 1).half()
-
     def run() -> dict[str, Tensor]:
-        seen = in_chunks(look, images, 64)
-        split = seen.shape[1] - len(model.classes)
-        return {"features": seen[:, :split], "logits": seen[:, split:]}
+        features, logits = look(model, images)
+        return {"features": features, "logits": logits}
 
     return _same(run, len(images))
 

@@ -21,7 +21,7 @@ from metapool.bank import TaskBank, fit_bytes
 from metapool.base.functional import half_precision, in_chunks
 from metapool.base.images import InputSpec, commonest, place, to_bytes, to_float
 from metapool.base.store import Settings, Store, generator_for
-from metapool.pool import ModelPool
+from metapool.pool import ModelPool, PretrainedModel
 
 VERSION = 2
 
@@ -148,14 +148,26 @@ def _view_unit(pool: ModelPool, where: dict[str, tuple[str, Path]], unit: str, f
     id, path = where[unit]
     model = pool.get(id)
     images = load_file(path)["images"]
+    features, logits = look(model, images)
+    save_file({"features": features, "logits": logits}, folder / "view.safetensors")
 
-    def look(part: Tensor) -> Tensor:
+
+def look(model: PretrainedModel, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What one model says of many images.
+
+    Args:
+        model: the model.
+        images: uint8 [N, C, H, W].
+
+    Returns:
+        Features [N, D] and logits [N, K], float16.
+    """
+
+    def both(part: Tensor) -> Tensor:
         with half_precision():
             features, logits = model.features_and_logits(to_float(part))
         return torch.cat([features, logits], 1).half()
 
-    seen = in_chunks(look, images, 64)  # a chunk of 64 stays in the cache
+    seen = in_chunks(both, images, 64)  # a chunk of 64 stays in the cache
     split = seen.shape[1] - len(model.classes)
-    save_file(
-        {"features": seen[:, :split].contiguous(), "logits": seen[:, split:].contiguous()}, folder / "view.safetensors"
-    )
+    return seen[:, :split].contiguous(), seen[:, split:].contiguous()
