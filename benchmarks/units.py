@@ -35,19 +35,20 @@ from torch import Tensor
 
 from metapool.bank import RecoveredTask, TaskBank
 from metapool.base import store as product_store
-from metapool.base.functional import call, half_precision, in_chunks, running_statistics
-from metapool.base.images import InputSpec, LabelledImages, shift, to_bytes, to_float
+from metapool.base.functional import half_precision, in_chunks, params_of, running_statistics
+from metapool.base.images import InputSpec, LabelledImages, to_bytes, to_float
 from metapool.base.networks import Network, NetworkSpec, build
 from metapool.base.store import generator_for
-from metapool.embed import ProbeSettings, fisher_diagonal
+from metapool.embed import ProbeSettings, fisher_diagonal, probe_loss
 from metapool.episodes import Episodes, draw_classes, sample_episodes
 from metapool.evaluate import evaluate
 from metapool.gradients import implicit_step
-from metapool.learners import MAML, AnyLearner, MetaModel, ProtoNet
+from metapool.learners import MAML, AnyLearner, ProtoNet
+from metapool.meta_model import MetaModel
 from metapool.methods.tgr import TGR
 from metapool.methods.tgr.tasks import Tasks
 from metapool.pool import PretrainedModel
-from metapool.recover import Generator, LossWeights, inversion_loss
+from metapool.recover import Generator, GeneratorRecovery, Inversion
 from metapool.student import Student
 from metapool.training import Training
 from metapool.views import look
@@ -257,42 +258,29 @@ def recovery_reference(world: World) -> Piece:
 
 
 def recovery_product(world: World) -> Piece:
-    # The body of recover._minimise, which has no function for one step.
-    sizes, labels = world.sizes, world.labels
-    painter, codes = _painter(world)
-    painter = painter.to(memory_format=torch.channels_last).train()
-    codes.requires_grad_()
-    model, weights = world.teacher("teacher-0"), LossWeights()
-    optimizer = torch.optim.Adam([*painter.parameters(), codes], 1e-3, betas=(0.5, 0.999), fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200, 1e-4)
-    best, lowest = torch.empty(0), float("inf")
-    generator = world.draw
-
-    def gradient(generator: torch.Generator) -> tuple[Tensor, float]:
-        nonlocal best, lowest
-        with half_precision():
-            images = painter(codes)
-            loss = inversion_loss(model, shift(images, sizes.pixels, generator), labels, weights)
-        value = loss.item()
-        if value < lowest:
-            best, lowest = images.detach().clone(), value
-        optimizer.zero_grad()
-        loss.backward()
-        return images.detach(), value
+    settings = _recovery(world)
+    inversion = Inversion(settings, world.teacher("teacher-0"), generator_for(SEED, "bench", "painter"))
+    names = [name for name, _ in _painter(world)[0].named_parameters()]
 
     def output() -> dict[str, Tensor]:
-        images, loss = gradient(world.draw)
-        return _gradients(codes, painter) | {"images": images, "loss": torch.tensor(loss)}
+        inversion.generator = world.draw
+        loss = inversion.gradient()  # the lowest so far, so its images are the best
+        found = dict(zip([*names, "codes"], (value.grad for value in inversion.unknowns)))
+        gradients = _grouped("gradient", {name: value for name, value in found.items() if value is not None})
+        return gradients | {"images": inversion.best, "loss": torch.tensor(loss)}
 
-    def run() -> None:
-        gradient(generator)
-        optimizer.step()
-        schedule.step()
+    return Piece(output, inversion.step)
 
-    return Piece(output, run)
+
+def _recovery(world: World) -> GeneratorRecovery:
+    sizes = world.sizes
+    return GeneratorRecovery(
+        per_class=sizes.per_class, steps=200, learning_rate=1e-3, code=sizes.code, width=sizes.ngf, shift=sizes.pixels
+    )
 
 
 def _painter(world: World) -> tuple[Generator, Tensor]:
+    """The generator and codes that the product's recovery starts from."""
     sizes, generator = world.sizes, generator_for(SEED, "bench", "painter")
     painter = Generator(sizes.code, sizes.ngf, world.input).initialise(generator)
     return painter, torch.randn(len(world.labels), sizes.code, generator=generator)
@@ -362,15 +350,14 @@ def batch_gradient_reference(world: World) -> Piece:
 
 
 def batch_gradient_product(world: World) -> Piece:
-    # A step of embed.train_probe, which has no function for it.
-    network = world.network("probe")
+    network = world.network("probe").to(memory_format=torch.channels_last)
     images = world.input.prepare(to_float(world.images("task", len(world.labels))))
-    params = reference.leaves_of(network)
+    params = params_of(network)
     optimizer = torch.optim.Adam(params.values(), 3e-3)
 
     def gradient() -> dict[str, Tensor]:
         optimizer.zero_grad()
-        F.cross_entropy(call(network, params, images), world.labels).backward()
+        probe_loss(network, params, images, world.labels).backward()
         return {name: value.grad for name, value in params.items() if value.grad is not None}
 
     def run() -> None:

@@ -45,7 +45,7 @@ def test_help_tells_a_newcomer_where_to_start(arguments: list[str], capsys: Outp
     assert ended(arguments) == 0
     out = capsys.readouterr().out
     assert "Start with `metapool run`" in " ".join(out.split())
-    for command in ("run", "evaluate", "predict", "pool", "oracle"):
+    for command in ("run", "plan", "evaluate", "predict", "pool", "oracle"):
         assert re.search(rf"• {command}\s+\w", out), command
 
 
@@ -58,6 +58,7 @@ HELP = {
         "--evaluation.shots",
         "--method.recovery.steps",
     ],
+    "plan": ["recipe.yaml", "--json", "--seed", "--method.task-loss", "--method.recovery.steps"],
     "evaluate": ["--model", "--data", "--root", "--way", "--shot", "--query", "--episodes", "--seed", "--json"],
     "predict": ["--model", "--support", "--query", "--json"],
     "pool": ["build", "show"],
@@ -351,6 +352,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "benchmark without its root": ("evaluate --model model --data cub", "cub is not shipped"),
     "benchmark of which files are missing": ("evaluate --model model --data cub --root empty", "empty/images: "),
     "missing recipe": ("run nowhere.yaml", "nowhere.yaml: no such recipe file"),
+    "missing recipe of a plan": ("plan nowhere.yaml", "nowhere.yaml: no such recipe file"),
     "unknown field in a recipe": ("run unknown-field.yaml", "unknown-field.yaml: poool: "),
     "wrong type in a recipe": ("run wrong-type.yaml", "wrong-type.yaml: evaluation.episodes: "),
     "recipe that is no YAML": ("run no-yaml.yaml", "no-yaml.yaml is no YAML"),
@@ -418,6 +420,7 @@ USAGE = {
     "word for a number": ("evaluate --model model --way five", "five"),
     "pool without a command": ("pool", "build"),
     "unknown pool command": ("pool list", "list"),
+    "unknown flag of plan": ("plan --methods.steps 3", "--methods.steps"),
     "unknown flag of run": ("run --methods.steps 3", "--methods.steps"),
     "word for a number in run": ("run --method.steps few", "few"),
     "value that is refused in run": ("run --evaluation.way 1", "way"),

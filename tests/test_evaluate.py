@@ -1,6 +1,7 @@
 """Accuracies on episodes, intervals, paired differences, cost."""
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from metapool.base.images import LabelledImages
 from metapool.episodes import Episodes, sample_episodes
 from metapool.evaluate import Interval, Scores, evaluate, mean_interval, milliseconds_per_image, paired_difference
+from metapool.learners import centroid_logits
 
 
 class ByBrightness:
@@ -145,3 +147,41 @@ def test_episodes_may_have_one_query() -> None:
     images = bright_images()
     episodes = Episodes(torch.tensor([[[0], [79]]]), torch.tensor([[[1], [78]]]))
     assert evaluate(ByBrightness(), images, episodes).accuracies.tolist() == [1.0]
+
+
+@pytest.mark.parametrize("voters", [False, True])
+def test_episodes_side_by_side_are_episodes_one_by_one(voters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors are compared many episodes at a time: chunks of any size give what each episode alone gives."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(8).repeat_interleave(10)
+    images = LabelledImages(
+        torch.randint(0, 256, (80, 1, 4, 4), generator=generator, dtype=torch.uint8), labels, tuple("abcdefgh")
+    )
+    episodes = sample_episodes(images, 5, 2, 5, 11, seed=0)
+
+    class Pixels:
+        asked: ClassVar[list[int]] = []
+
+        def encode(self, images: Tensor) -> Tensor:
+            return images.flatten(1)
+
+        def classify(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+            self.asked.append(support.dim())
+            logits = centroid_logits(support, labels, query, normalise=True)
+            return torch.stack([logits, -logits]) if voters else logits
+
+    found: list[np.ndarray] = []
+    for cached in (1, 35 * 16 * 3, 2**21):
+        monkeypatch.setattr("metapool.evaluate._CACHED", cached)
+        found.append(evaluate(Pixels(), images, episodes).accuracies)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found[1], found[0])
+    np.testing.assert_allclose(found[2], found[0])
+    encoded = images.images.flatten(1) / 255
+    for index in range(len(episodes)):
+        support, query = encoded[episodes.support[index].flatten()], encoded[episodes.query[index].flatten()]
+        logits = centroid_logits(support, episodes.support_labels, query, normalise=True)
+        right = (logits.argmax(1) == episodes.query_labels).double().mean().item()
+        wrong = (logits.argmin(1) == episodes.query_labels).double().mean().item()
+        assert found[0][index] == pytest.approx((right + wrong) / 2 if voters else right)
+    assert len(set(found[0])) > 1
+    assert set(Pixels.asked) == {3}

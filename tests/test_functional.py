@@ -189,7 +189,36 @@ def test_moments_of_a_convolution_follow_from_those_of_its_input(
         assert not torch.allclose(convolve_and_normalise(convolution, norm, images), short[0])
 
 
-def test_outside_of_the_context_running_statistics_count() -> None:
-    convolution, norm = nn.Conv2d(1, 2, 3, padding=1), BatchNorm(2).eval()
-    images = torch.rand(3, 1, 6, 6)
-    torch.testing.assert_close(convolve_and_normalise(convolution, norm, images), norm(convolution(images)))
+@pytest.mark.parametrize("bias", [True, False])
+def test_outside_of_the_context_running_statistics_go_into_the_weights(bias: bool) -> None:
+    """Values and gradients are those of a convolution followed by batch norm in eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    convolution = nn.Conv2d(2, 4, 3, 2, 1, bias=bias, dtype=torch.float64)
+    norm = BatchNorm(4, dtype=torch.float64).eval()
+    with torch.no_grad():
+        for value in (*convolution.parameters(), *norm.parameters(), norm.running_mean, norm.running_var):
+            assert isinstance(value, torch.Tensor)
+            value.copy_(0.5 + torch.rand(value.shape, generator=generator, dtype=torch.float64))
+    images = torch.rand(3, 2, 6, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    leaves = [images, *convolution.parameters(), *norm.parameters()]
+
+    def derivatives(out: torch.Tensor) -> list[torch.Tensor]:
+        return [out, *torch.autograd.grad(out.square().sum(), leaves)]
+
+    folded = derivatives(convolve_and_normalise(convolution, norm, images))
+    torch.testing.assert_close(folded, derivatives(norm(convolution(images))))
+    norm.train()
+    assert not torch.allclose(convolve_and_normalise(convolution, norm, images), folded[0]), "then the batch speaks"
+
+
+@OURS
+def test_whoever_hooks_a_batch_norm_sees_what_passes_it(case: cases.Case) -> None:
+    network, images = case.network(), prepared(case, 6)
+    silent = network(images)
+    seen: list[int] = []
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0]))) for norm in norms]
+    torch.testing.assert_close(network(images), silent)
+    assert seen == [6] * len(norms)
+    for hook in hooks:
+        hook.remove()

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import cases
@@ -16,7 +17,8 @@ from metapool.base.images import LabelledImages, to_float
 from metapool.base.networks import Network, build
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
-from metapool.learners import ANIL, MAML, MetaModel, ProtoNet, centroid_logits
+from metapool.learners import ANIL, MAML, ProtoNet, centroid_logits
+from metapool.meta_model import MetaModel
 
 AnyLearner = MAML | ANIL | ProtoNet
 SHAPE = (1, 16, 16)
@@ -237,7 +239,18 @@ def test_protonet_needs_no_head_at_inference() -> None:
     assert meta_model(ProtoNet()).parameter_count == whole - head.weight.numel() - head.bias.numel()
 
 
-def test_a_model_in_eval_mode_with_its_own_statistics_is_what_training_calibrated() -> None:
+def test_half_precision_moves_what_a_model_encodes_by_a_percent_at_most() -> None:
+    model = MetaModel(network_of(), cases.network_spec("conv4", SHAPE, 5), ProtoNet(), cases.input_spec(SHAPE))
+    images = cases.smooth_images(20, SHAPE, 7)
+    exact = model.network.features(model.input.prepare(images))
+    assert (model.encode(images) - exact).norm() < 0.01 * exact.norm()
+    assert model.encode(images).dtype == torch.float32
+
+
+def test_a_model_in_eval_mode_with_its_own_statistics_is_what_training_calibrated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("metapool.meta_model.half_precision", nullcontext)
     network = network_of()
     images = cases.input_spec(SHAPE).prepare(cases.smooth_images(20, SHAPE, 7))
     statistics = running_statistics(network, params_of(network), images)

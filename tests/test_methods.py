@@ -22,7 +22,8 @@ from metapool.episodes import Episodes, sample_episodes
 from metapool.evaluate import evaluate, paired_difference
 from metapool.gradients import task_gradients
 from metapool.interface.recipe import Recipe
-from metapool.learners import ANIL, MAML, FewShotModel, MetaModel, ProtoNet
+from metapool.learners import ANIL, MAML, FewShotModel, ProtoNet
+from metapool.meta_model import MetaModel
 from metapool.methods import METHODS, NAMED, AnyMethod, load_model
 from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
 from metapool.methods.tgr import TGR
@@ -461,6 +462,40 @@ def test_interrupted_between_checkpoints_it_ends_with_the_same_bits(
     assert steps == [1, 2, 3, 4, 5, 5, 6, 7], "the step after the last checkpoint is taken again, no earlier one"
     assert of_bytes(resumed, tmp_path / "resumed") == of_bytes(unbroken, tmp_path / "unbroken")
     assert resumed.history == unbroken.history
+
+
+def test_frozen_blocks_stop_where_they_are_and_resume_bit_for_bit(
+    tiny_pool: ModelPool, kept: Store, tmp_path: Path
+) -> None:
+    method = brief(steps=8, check_every=3, freeze=(0.25, 0.5), average=0.0)
+    unbroken = method.fit(tiny_pool, kept, 0)
+    store = forgetful(kept, tmp_path)
+
+    def stop(kind: str, done: int, total: int) -> None:
+        if kind == "meta-train" and done in (4, 7) and done not in stopped:
+            stopped.append(done)
+            raise KeyboardInterrupt
+
+    stopped: list[int] = []
+    store.progress = stop
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            method.fit(tiny_pool, store, 0)
+    resumed = method.fit(tiny_pool, store, 0)
+    assert of_bytes(resumed, tmp_path / "resumed") == of_bytes(unbroken, tmp_path / "unbroken")
+
+    def weights(**changes: Any) -> dict[str, torch.Tensor]:
+        found = method.model_copy(update=changes).fit(tiny_pool, kept, 0).network.state_dict()
+        return {name: value for name, value in found.items() if name.endswith("0.weight")}
+
+    free = weights(freeze=())
+    late = weights(freeze=(0.25, 0.9))  # steps 7.2 and on: the last alone
+    state = unbroken.network.state_dict()
+    torch.testing.assert_close(late["encoder.0.0.weight"], state["encoder.0.0.weight"], rtol=0, atol=0)
+    assert not torch.equal(free["encoder.0.0.weight"], state["encoder.0.0.weight"])
+    assert not torch.equal(late["encoder.1.0.weight"], state["encoder.1.0.weight"])
+    other = {"replay": "episodes", "freeze": ()}
+    torch.testing.assert_close(weights(**other), weights(replay="episodes"), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

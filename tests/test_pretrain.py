@@ -13,7 +13,8 @@ from metapool.base.networks import build
 from metapool.base.store import Store, generator_for
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
-from metapool.learners import MetaModel, ProtoNet
+from metapool.learners import ProtoNet
+from metapool.meta_model import MetaModel
 from metapool.methods import load_model
 from metapool.pool import ModelPool
 from metapool.realdata.pretrain import (

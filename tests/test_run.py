@@ -26,7 +26,8 @@ from metapool.interface import run as running
 from metapool.interface.cli import main
 from metapool.interface.recipe import Evaluation, Recipe, evaluation_images, load_recipe, open_pool, recipe_text
 from metapool.interface.run import pool_summary, run, run_summary
-from metapool.learners import ANIL, MetaModel
+from metapool.learners import ANIL
+from metapool.meta_model import MetaModel
 from metapool.methods import load_model
 from metapool.methods.baselines import EnsembleAll
 from metapool.methods.tgr import TGR

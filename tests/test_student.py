@@ -117,3 +117,20 @@ def test_without_validation_there_is_no_accuracy(tiny_bank: TaskBank, toy_images
     made = student(tiny_bank)
     assert made.accuracy(made.initial(), None) is None
     assert made.accuracy(made.initial(), toy_images, episodes=5) is not None
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_maps_are_what_the_first_blocks_of_its_model_give(blocks: int, tiny_bank: TaskBank) -> None:
+    made = student(tiny_bank)
+    params = other_params(made)
+    images = torch.randint(0, 256, (140, *made.input.shape), dtype=torch.uint8)  # more than one chunk
+    maps = made.maps(params, images, blocks)
+    network, prepared = made.model(params).network, made.input.prepare(to_float(images))
+    with torch.no_grad():
+        wanted, all_features = network.encoder[:blocks](prepared), network.features(prepared)
+        features = network.features(maps.float(), start=blocks)
+    assert maps.shape == wanted.shape
+    assert maps.is_contiguous(memory_format=torch.channels_last)
+    for found, exact in ((maps.float(), wanted), (features, all_features)):  # but for half precision
+        assert (found - exact).norm() < 0.02 * exact.norm()
+        assert (found.flip(0) - exact).norm() > 0.1 * exact.norm()

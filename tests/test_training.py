@@ -102,3 +102,37 @@ def test_state_goes_through_a_file_that_holds_no_code(tmp_path) -> None:
     torch.testing.assert_close(other.params, state.params, rtol=0, atol=0)
     torch.testing.assert_close(other.average, state.average, rtol=0, atol=0)
     assert not torch.equal(other.average["a"], frozen["a"])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_what_is_frozen_stays_at_what_was_kept_and_the_rest_goes_on(decay: float) -> None:
+    state, other = start(decay), start(decay)
+    for step in range(3):
+        state.descend(direction(step))
+        other.descend(direction(step))
+    kept = state.kept()
+    state.freeze("a")
+    assert set(state.params) == {"b"}
+    for step in range(3, 6):
+        state.descend({"b": direction(step)["b"]})
+        other.descend(direction(step))
+    torch.testing.assert_close(state.kept()["a"], kept["a"], rtol=0, atol=0)
+    torch.testing.assert_close(state.kept()["b"], other.kept()["b"], rtol=0, atol=0)
+    assert not torch.allclose(other.kept()["a"], kept["a"])
+    again = copy.deepcopy(state.kept())
+    state.freeze("a")
+    torch.testing.assert_close(state.kept(), again, rtol=0, atol=0)
+
+
+def test_a_state_with_frozen_parameters_goes_on_where_it_was() -> None:
+    state = start(decay=0.5)
+    state.descend(direction(0))
+    state.freeze("a")
+    state.descend({"b": direction(1)["b"]})
+    resumed = start(decay=0.5)
+    resumed.load_state_dict(copy.deepcopy(state.state_dict()))
+    resumed.freeze("a")
+    for training in (state, resumed):
+        training.descend({"b": direction(2)["b"]})
+    torch.testing.assert_close(resumed.kept(), state.kept(), rtol=0, atol=0)
+    torch.testing.assert_close(resumed.frozen["a"], state.frozen["a"], rtol=0, atol=0)

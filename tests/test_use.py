@@ -96,7 +96,8 @@ def test_files_and_folders_in_the_order_given(support: Path, queries: Path, tmp_
         str(queries / "left.png"),
     ]
     alone = predict(model, support, [queries / "top.png"])
-    assert alone == found[:1], "an answer does not depend on the other queries"
+    assert alone[0]["class"] == found[0]["class"]
+    assert alone[0]["all"] == pytest.approx(found[0]["all"], abs=1e-4), "an answer does not depend on other queries"
 
 
 def test_two_classes_are_enough_and_more_change_the_answer(support: Path, queries: Path, tmp_path: Path) -> None:

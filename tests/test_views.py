@@ -112,3 +112,21 @@ def test_a_model_in_two_groups_looks_at_the_images_of_each(
     first, second = view_bank(tiny_pool, tiny_bank, groups, SPEC, ViewSettings(copies=0, blends=0), store)
     assert len(first.features["a-conv4"]) == len(first.images) == 20
     assert len(second.features["a-conv4"]) == len(second.images) == 28
+
+
+def test_a_large_pool_shows_a_part_of_its_images(tiny_pool: ModelPool, tiny_bank: TaskBank, store: Store) -> None:
+    ids = list(tiny_bank)
+    settings = ViewSettings(copies=1, blends=2, most=45)
+    view = view_bank(tiny_pool, tiny_bank, [ids], SPEC, settings, store)[0]
+    assert len(view.images) == 44, "11 originals, as many copies, twice as many blends"
+    every = [
+        (owner, label.item(), image)
+        for owner, id in enumerate(ids)
+        for label, image in zip(tiny_bank[id].labels, fit_bytes(tiny_bank[id].images, SPEC))
+    ]
+    for image, owner, label in zip(view.images[:11], view.owner[:11], view.labels[:11]):
+        assert any(torch.equal(image, i) and owner == o and label == n for o, n, i in every)
+    assert {len(feature) for feature in view.features.values()} == {44}
+    assert len(view.owner[:11].unique()) > 1, "drawn from all models, not the first ones"
+    enough = ViewSettings(copies=1, blends=2, most=4 * len(every))
+    assert len(view_bank(tiny_pool, tiny_bank, [ids], SPEC, enough, store)[0].images) == 4 * len(every)

@@ -12,7 +12,8 @@ from metapool.base.images import InputSpec, LabelledImages, to_bytes
 from metapool.base.networks import NetworkSpec, build
 from metapool.base.store import Store
 from metapool.embed import ProbeSettings
-from metapool.learners import AnyLearner, MetaModel, ProtoNet
+from metapool.learners import AnyLearner, ProtoNet
+from metapool.meta_model import MetaModel
 from metapool.pool import ModelPool
 from metapool.realdata.pretrain import PoolSettings, build_pool
 from metapool.recover import GeneratorRecovery

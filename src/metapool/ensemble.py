@@ -68,17 +68,17 @@ class Ensemble:
         """Nearest centroid.
 
         Args:
-            support: float [S, D], encoded.
+            support: float [S, D], encoded, or [E, S, D] of E episodes side by side.
             labels: int64 [S] in [0, K).
-            query: float [Q, D], encoded.
+            query: float [Q, D] or [E, Q, D], encoded.
 
         Returns:
-            float [Q, K], or [M, Q, K] when answering with each model alone.
+            float [Q, K] or [E, Q, K], with a first axis M when answering with each model alone.
         """
         if not self.average_over_models:
             return centroid_logits(support, labels, query, normalise=True)
         sizes = [len(mean) for mean, _ in self.moments]
-        pairs = zip(support.split(sizes, 1), query.split(sizes, 1))
+        pairs = zip(support.split(sizes, -1), query.split(sizes, -1))
         return torch.stack([centroid_logits(s, labels, q, normalise=True) for s, q in pairs])
 
     @property
@@ -167,4 +167,4 @@ def raw_features(model: PretrainedModel, images: Tensor) -> Tensor:
         with half_precision():
             return model.features(part).float()
 
-    return in_chunks(look, images, 64)  # a chunk of 64 stays in the cache
+    return in_chunks(look, images, 128)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
+from torch import Tensor
 
 from metapool.base.images import LabelledImages, to_float
 from metapool.base.store import Progress, silent
@@ -71,7 +72,7 @@ def evaluate(model: FewShotModel, images: LabelledImages, episodes: Episodes, pr
     """Accuracy on every episode; every image is encoded once, whatever the number of episodes it stands in.
 
     Args:
-        model: the model. Logits may carry leading axes [V, Q, K]; accuracies are then averaged over them.
+        model: the model. Logits may carry leading axes [V, …]; accuracies are then averaged over them.
         images: what the episodes index.
         episodes: the episodes.
         progress: called now and then.
@@ -80,13 +81,26 @@ def evaluate(model: FewShotModel, images: LabelledImages, episodes: Episodes, pr
         The accuracies.
     """
     encoded = model.encode(to_float(images.images))
-    accuracies = np.empty(len(episodes))
-    for index, (support, query) in enumerate(zip(episodes.support, episodes.query)):
-        logits = model.classify(encoded[support.flatten()], episodes.support_labels, encoded[query.flatten()])
-        accuracies[index] = (logits.argmax(-1) == episodes.query_labels).double().mean().item()
-        if (index + 1) % 100 == 0:
-            progress("evaluate", index + 1, len(episodes))
-    return Scores(accuracies)
+    supports, queries = episodes.support.flatten(1), episodes.query.flatten(1)
+    # Vectors are compared many episodes at a time, as many as stay in the cache; images have an inner loop each.
+    size = (supports.shape[1] + queries.shape[1]) * encoded[0].numel()
+    chunk = max(1, _CACHED // size) if encoded.dim() == 2 else 1
+    accuracies: list[Tensor] = []
+    for start in range(0, len(episodes), chunk):
+        support, query = encoded[supports[start : start + chunk]], encoded[queries[start : start + chunk]]
+        if encoded.dim() == 2:
+            logits = model.classify(support, episodes.support_labels, query)
+        else:
+            logits = model.classify(support[0], episodes.support_labels, query[0])
+        correct = (logits.argmax(-1) == episodes.query_labels).double().mean(-1)
+        accuracies.append(correct.view(-1, len(support)).mean(0))
+        done = start + len(support)
+        if done // 100 > start // 100:
+            progress("evaluate", done, len(episodes))
+    return Scores(torch.cat(accuracies).numpy())
+
+
+_CACHED = 2**21  # numbers
 
 
 def paired_difference(first: Scores, second: Scores) -> Interval:

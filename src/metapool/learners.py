@@ -5,22 +5,17 @@ A learner splits an answer into what each image gives alone (``encode``) and wha
 statistics once trained, MAML and ANIL the statistics of the support set (MetaBN, Bronskill et al. 2020).
 """
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Literal, Protocol
 
 import pydantic
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from metapool.base.errors import MetapoolError
-from metapool.base.functional import Params, Statistics, call, in_chunks, widen
+from metapool.base.functional import Params, Statistics, call, widen
 from metapool.base.images import InputSpec
-from metapool.base.networks import Network, NetworkSpec, build
+from metapool.base.networks import Network
 from metapool.base.store import Settings
 
 
@@ -31,7 +26,10 @@ class FewShotModel(Protocol):
         """What each image gives alone: float [N, C, H, W] in [0, 1] to [N, …]."""
 
     def classify(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-        """Logits [Q, K] of encoded queries, by the encoded support [S, …] and its labels [S] in [0, K)."""
+        """Logits [Q, K] of encoded queries, by the encoded support [S, …] and its labels [S] in [0, K).
+
+        Where an encoded image is a vector, also of E episodes side by side: [E, S, D] and [E, Q, D] to [E, Q, K].
+        """
 
     @property
     def input(self) -> InputSpec:
@@ -116,22 +114,22 @@ def centroid_logits(support: Tensor, labels: Tensor, query: Tensor, *, normalise
     """Nearest centroid as logits: −‖q − c_k‖² (Snell et al. 2017, equation 2).
 
     Args:
-        support: float [S, D].
+        support: float [S, D], or [E, S, D] of E episodes side by side.
         labels: int64 [S] in [0, K), every class present.
-        query: float [Q, D].
+        query: float [Q, D] or [E, Q, D].
         normalise: divide every feature vector, and every centroid, by its length.
 
     Returns:
-        float [Q, K].
+        float [Q, K] or [E, Q, K].
     """
     if normalise:
-        support, query = F.normalize(support, dim=1), F.normalize(query, dim=1)
+        support, query = F.normalize(support, dim=-1), F.normalize(query, dim=-1)
     one_hot = F.one_hot(labels).to(support.dtype)
     centroids = (one_hot.T @ support) / one_hot.sum(0).unsqueeze(1)
     if normalise:
-        centroids = F.normalize(centroids, dim=1)
-    lengths = query.square().sum(1, keepdim=True) + centroids.square().sum(1)
-    return 2 * query @ centroids.T - lengths  # one matrix product; torch.cdist without one is many times slower
+        centroids = F.normalize(centroids, dim=-1)
+    lengths = query.square().sum(-1, keepdim=True) + centroids.square().sum(-1).unsqueeze(-2)
+    return 2 * query @ centroids.mT - lengths  # one matrix product; torch.cdist without one is many times slower
 
 
 class _GradientLearner(Settings):
@@ -194,7 +192,7 @@ class _GradientLearner(Settings):
         params = {name: value.detach().requires_grad_() for name, value in params.items()}
         params.update(_head_of(params, int(labels.max()) + 1))
         with torch.enable_grad():
-            return self._adapt(network, params, support, labels, query, self.test_steps, differentiable=False).detach()
+            return self._adapt(network, params, support, labels, query, self.test_steps, differentiable=False)
 
     def _adapt(
         self,
@@ -216,7 +214,8 @@ class _GradientLearner(Settings):
             if not differentiable:
                 moved = {name: value.detach().requires_grad_() for name, value in moved.items()}
             params = {**params, **moved}
-        return widen(call(network, params, torch.cat([support, query]), first=len(support))[len(support) :])
+        with torch.set_grad_enabled(differentiable):
+            return widen(call(network, params, torch.cat([support, query]), first=len(support))[len(support) :])
 
 
 class MAML(_GradientLearner):
@@ -251,150 +250,3 @@ def _head_of(params: Params, classes: int) -> Params:
         "head.weight": weight.detach().mean(0, keepdim=True).repeat(classes, 1).requires_grad_(),
         "head.bias": bias.detach().mean().repeat(classes).requires_grad_(),
     }
-
-
-class MetaModel(nn.Module):
-    """The product: a small network with a learner, saved as one folder.
-
-    Args:
-        network: encoder and head.
-        spec: how to build the network.
-        learner: how it answers an episode.
-        input: what it expects of an image.
-        history: one record per step of its training, when known.
-        projection: float [D, k], a linear map of the features (ProtoNet only).
-    """
-
-    KIND = "meta-model"
-
-    def __init__(
-        self,
-        network: Network,
-        spec: NetworkSpec,
-        learner: MAML | ANIL | ProtoNet,
-        input: InputSpec,
-        history: Sequence[Mapping[str, Any]] = (),
-        projection: Tensor | None = None,
-    ) -> None:
-        super().__init__()
-        self.projection = projection
-        self.history = list(history)
-        self.network = network.eval()
-        self.spec = spec
-        self.learner = learner
-        self.input = input
-
-    def encode(self, images: Tensor) -> Tensor:
-        """What each image gives alone.
-
-        Args:
-            images: float [N, C', H', W'] in [0, 1].
-
-        Returns:
-            float [N, D] features for ProtoNet, prepared images for MAML and ANIL.
-        """
-        params, buffers = self._tensors()
-
-        def encode(part: Tensor) -> Tensor:
-            features = self.learner.encode(self.network, params, buffers, self.input.prepare(part))
-            return features if self.projection is None else features @ self.projection
-
-        return in_chunks(encode, images)
-
-    def classify(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-        """Logits of encoded queries.
-
-        Args:
-            support: [S, …], encoded.
-            labels: int64 [S] in [0, K).
-            query: [Q, …], encoded.
-
-        Returns:
-            float [Q, K].
-        """
-        return self.learner.classify(self.network, self._tensors()[0], support, labels, query)
-
-    def logits(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-        """Logits of images.
-
-        Args:
-            support: float [S, C, H, W] in [0, 1].
-            labels: int64 [S] in [0, K), every class present.
-            query: float [Q, C, H, W] in [0, 1].
-
-        Returns:
-            float [Q, K].
-        """
-        return self.classify(self.encode(support), labels, self.encode(query))
-
-    @property
-    def parameter_count(self) -> int:
-        """Numbers that must be kept to answer: without the head for ProtoNet."""
-        unused = "head." if isinstance(self.learner, ProtoNet) else "\n"
-        projection = 0 if self.projection is None else self.projection.numel()
-        kept = (p.numel() for name, p in self.network.named_parameters() if not name.startswith(unused))
-        return sum(kept) + projection
-
-    @property
-    def models_at_inference(self) -> int:
-        """One."""
-        return 1
-
-    def save(self, folder: Path) -> None:
-        """Writes ``model.json``, ``model.safetensors`` and, when there is a history, ``steps.jsonl``.
-
-        Args:
-            folder: an existing folder.
-        """
-        weights = {name: value.contiguous() for name, value in self.network.state_dict().items()}
-        if self.projection is not None:
-            weights["projection"] = self.projection.contiguous()
-        save_file(weights, folder / "model.safetensors")
-        about = {
-            "kind": self.KIND,
-            "version": 1,
-            "network": self.spec.model_dump(),
-            "learner": self.learner.model_dump(),
-            "input": self.input.model_dump(),
-        }
-        (folder / "model.json").write_text(json.dumps(about, indent=1) + "\n")
-        if self.history:
-            (folder / "steps.jsonl").write_text("".join(json.dumps(record) + "\n" for record in self.history))
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Reads what :meth:`save` wrote.
-
-        Args:
-            folder: where.
-
-        Returns:
-            The model.
-
-        Raises:
-            MetapoolError: when a file is missing or does not fit.
-        """
-        try:
-            about = _About.model_validate_json((folder / "model.json").read_text())
-            network = build(about.network, torch.Generator())
-            weights = load_file(folder / "model.safetensors")
-            projection = weights.pop("projection", None)
-            network.load_state_dict(weights)
-            steps = folder / "steps.jsonl"
-            history = [json.loads(line) for line in steps.read_text().splitlines()] if steps.is_file() else []
-        except OSError as error:
-            raise MetapoolError(f"{folder} is no saved model: {error.filename or error} is missing") from error
-        except (ValueError, RuntimeError, SafetensorError) as error:
-            raise MetapoolError(f"{folder}: its model.json and model.safetensors do not fit: {error}") from error
-        return cls(network, about.network, about.learner, about.input, history, projection)
-
-    def _tensors(self) -> tuple[Params, dict[str, Tensor]]:
-        return dict(self.network.named_parameters()), dict(self.network.named_buffers())
-
-
-class _About(Settings):
-    kind: Literal["meta-model"]
-    version: Literal[1]
-    network: NetworkSpec
-    learner: AnyLearner
-    input: InputSpec

@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapool.base.functional import Params, in_chunks, params_of, running_statistics, whitening
+from metapool.base.functional import Params, half_precision, in_chunks, params_of, running_statistics, whitening
 from metapool.base.images import InputSpec, LabelledImages, to_float
 from metapool.base.networks import NetworkSpec, build
 from metapool.base.store import generator_for
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
-from metapool.learners import AnyLearner, MetaModel, ProtoNet
+from metapool.learners import AnyLearner, ProtoNet
+from metapool.meta_model import MetaModel
 
 CALIBRATION_IMAGES = 1024
 
@@ -66,6 +67,28 @@ class Student:
             Leaves that require gradients.
         """
         return {name: value.detach().clone().requires_grad_() for name, value in self._start.items()}
+
+    def maps(self, params: Params, images: Tensor, blocks: int) -> Tensor:
+        """What the first blocks of the network make of images, at inference.
+
+        Args:
+            params: detached parameters.
+            images: uint8 [N, C, H, W].
+            blocks: how many.
+
+        Returns:
+            float [N, width, H', W'], channels last: bfloat16 where the processor multiplies it natively.
+        """
+        statistics = running_statistics(self.network, params, self.calibration)
+        self.network.load_state_dict({**params, **statistics})
+        first = self.network.encoder[:blocks]
+
+        def look(part: Tensor) -> Tensor:
+            with half_precision():
+                out: Tensor = first(self.input.prepare(to_float(part)))
+            return out.permute(0, 2, 3, 1)
+
+        return in_chunks(look, images, 128).permute(0, 3, 1, 2)
 
     def model(self, params: Params, history: Sequence[Mapping[str, Any]] = ()) -> MetaModel:
         """A few-shot model with these parameters.

@@ -18,7 +18,8 @@ class Training:
     """
 
     def __init__(self, params: Params, steps: int, learning_rate: float, decay: float) -> None:
-        self.params = params
+        self.params = dict(params)
+        self.frozen: Params = {}
         self.average = {name: value.detach().clone() for name, value in params.items()}
         self.optimizer = torch.optim.Adam(list(params.values()), learning_rate)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps, learning_rate / 100)
@@ -27,6 +28,20 @@ class Training:
         self.best: float | None = None
         self.best_params: Params = {}
         self.records: list[dict[str, Any]] = []
+
+    def freeze(self, prefix: str) -> None:
+        """Ends the training of some parameters, at their running mean; frozen again, they stay what they are.
+
+        Args:
+            prefix: of the parameters' names.
+        """
+        kept = self.kept()
+        for name in [name for name in self.params if name.startswith(prefix)]:
+            self.frozen[name] = self.params.pop(name)
+            self.frozen[name].grad = None  # the optimiser passes over it from now on
+            with torch.no_grad():
+                self.frozen[name].copy_(kept[name])
+            self.average[name] = kept[name]
 
     def descend(self, direction: Params) -> None:
         """One optimiser step.
@@ -50,7 +65,7 @@ class Training:
         Returns:
             Detached copies.
         """
-        kept = self.average if self.decay else self.params
+        kept = self.average if self.decay else {**self.params, **self.frozen}
         return {name: value.detach().clone() for name, value in kept.items()}
 
     def keep_if_better(self, accuracy: float | None) -> None:
@@ -69,7 +84,7 @@ class Training:
             Tensors and plain values.
         """
         return {
-            "params": {name: value.detach() for name, value in self.params.items()},
+            "params": {name: value.detach() for name, value in {**self.params, **self.frozen}.items()},
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -80,13 +95,13 @@ class Training:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` left off.
+        """Goes on where :meth:`state_dict` left off; what was frozen then is to be frozen again.
 
         Args:
             state: what it gave.
         """
         with torch.no_grad():
-            for name, value in self.params.items():
+            for name, value in {**self.params, **self.frozen}.items():
                 value.copy_(state["params"][name])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])

@@ -7,7 +7,7 @@ several sizes on a plain background of the images' commonest colour (docs/lab-no
 rounded to uint8 first: features belong to the images that are stored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from metapool.base.images import InputSpec, commonest, place, to_bytes, to_float
 from metapool.base.store import Settings, Store, generator_for
 from metapool.pool import ModelPool, PretrainedModel
 
-VERSION = 2
+VERSION = 3
 
 
 class ViewSettings(Settings):
@@ -37,8 +37,11 @@ class ViewSettings(Settings):
     """Largest shift of a copy or blend, in pixels."""
     scales: tuple[pydantic.PositiveFloat, pydantic.PositiveFloat] = (0.4, 1.0)
     """Least and largest size of a copy or blend, relative to the image; smaller ones have a plain border."""
+    most: int = pydantic.Field(default=20_000, ge=10)
+    """Images that are looked at, at most, copies and blends included: in a large pool, a part of those recovered, drawn
+    at random. Every model looks at all of them, so the cost grows with the number of models and not with its square."""
     seed: int = 0
-    """Of copies and blends."""
+    """Of copies, blends and the part that is drawn."""
 
     @pydantic.field_validator("scales")
     @classmethod
@@ -88,16 +91,15 @@ def view_bank(
     Returns:
         The views of every group.
     """
-    shared = {"settings": settings.model_dump(), "input": input.model_dump(), "version": VERSION}
     inputs: list[Path] = []
     keys: dict[str, dict[str, object]] = {}
     where: dict[str, tuple[str, Path]] = {}
     for index, group in enumerate(groups):
-        key = {**shared, "tasks": [[id, bank.folders[id].name] for id in group]}
+        key = images_key(bank, group, input, settings)
         build = partial(_write_images, bank, list(group), input, settings)
         inputs.append(store.artifact("view-images", key, build) / "images.safetensors")
         # A unit is a model in a group: it would be another view were the model in two groups.
-        keys |= {f"{index}/{id}": {**key, "model": pool.model_digest(id)} for id in group}
+        keys |= {f"{index}/{id}": view_key(key, pool, id) for id in group}
         where |= {f"{index}/{id}": (id, inputs[-1]) for id in group}
     folders = store.units("view", keys, partial(_view_unit, pool, where))
     found: list[Views] = []
@@ -116,12 +118,46 @@ def view_bank(
     return found
 
 
+def images_key(bank: TaskBank, group: Sequence[str], input: InputSpec, settings: ViewSettings) -> dict[str, object]:
+    """What the images of a group depend on; the bank need not be recovered yet.
+
+    Args:
+        bank: recovered tasks.
+        group: model ids.
+        input: the student's input.
+        settings: which images.
+
+    Returns:
+        A key of the store.
+    """
+    tasks = [[id, bank.folders[id].name] for id in group]
+    return {"settings": settings.model_dump(), "input": input.model_dump(), "version": VERSION, "tasks": tasks}
+
+
+def view_key(images: Mapping[str, object], pool: ModelPool, id: str) -> dict[str, object]:
+    """What a model's view of a group's images depends on.
+
+    Args:
+        images: the images' key.
+        pool: the models.
+        id: of the model that looks.
+
+    Returns:
+        A key of the store.
+    """
+    return {**images, "model": pool.model_digest(id)}
+
+
 def _write_images(bank: TaskBank, group: list[str], input: InputSpec, settings: ViewSettings, folder: Path) -> None:
     generator = generator_for(settings.seed, "views", *group)
     tasks = [bank[id] for id in group]
     images = torch.cat([fit_bytes(task.images, input) for task in tasks])
     labels = torch.cat([task.labels for task in tasks])
     owner = torch.cat([torch.full_like(task.labels, index) for index, task in enumerate(tasks)])
+    originals = settings.most // (1 + settings.copies + settings.blends)
+    if originals < len(images):
+        kept = torch.randperm(len(images), generator=generator)[:originals].sort().values
+        images, labels, owner = images[kept], labels[kept], owner[kept]
     floats, background = to_float(images), to_float(commonest(images))
     parts = [images]
     for _ in range(settings.copies):
@@ -168,6 +204,6 @@ def look(model: PretrainedModel, images: Tensor) -> tuple[Tensor, Tensor]:
             features, logits = model.features_and_logits(to_float(part))
         return torch.cat([features, logits], 1).half()
 
-    seen = in_chunks(both, images, 64)  # a chunk of 64 stays in the cache
+    seen = in_chunks(both, images, 128)
     split = seen.shape[1] - len(model.classes)
     return seen[:, :split].contiguous(), seen[:, split:].contiguous()

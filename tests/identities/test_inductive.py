@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from metapool.base.functional import BatchNorm, call, params_of
 from metapool.base.networks import Architecture, build
-from metapool.learners import ANIL, MAML, MetaModel, ProtoNet
+from metapool.learners import ANIL, MAML, ProtoNet
+from metapool.meta_model import MetaModel
 
 SHAPE = (1, 16, 16)
 LEARNERS = {

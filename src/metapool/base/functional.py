@@ -18,6 +18,7 @@ Params = dict[str, Tensor]
 Statistics = Mapping[str, Tensor]
 
 _first_images: ContextVar[int | None] = ContextVar("first_images", default=None)
+_instead: ContextVar["Callable[[BatchNorm, Tensor], Tensor] | None"] = ContextVar("instead", default=None)
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -36,22 +37,26 @@ class BatchNorm(nn.BatchNorm2d):
         Returns:
             float [N, C, H, W].
         """
-        first = _first_images.get()
+        first, instead = _first_images.get(), _instead.get()
+        if instead is not None:
+            return instead(self, images)
         if first is None:
             return super().forward(images)
         if first == len(images):
             return F.batch_norm(images, None, None, self.weight, self.bias, training=True, eps=self.eps)
         variance, mean = torch.var_mean(images[:first], (0, 2, 3), correction=0)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return images * scale.view(1, -1, 1, 1) + (self.bias - mean * scale).view(1, -1, 1, 1)
+        offset = self.bias - mean * scale
+        return torch.addcmul(offset.view(1, -1, 1, 1), images, scale.view(1, -1, 1, 1))
 
 
 def convolve_and_normalise(convolution: nn.Conv2d, norm: BatchNorm, images: Tensor) -> Tensor:
-    r"""``norm(convolution(images))``, without a pass over the result where its statistics follow from the input's.
+    r"""``norm(convolution(images))``, without a pass over the result where its statistics are known before.
 
-    A channel is :math:`w \cdot p + b` of patches p, so its mean is :math:`w \cdot E p + b` and its variance
-    :math:`w^\top \mathrm{Cov}(p)\, w`. With few inputs the patches' covariance is cheap, and what normalises the
-    channel then goes into the convolution's weights. Differentiable as often as asked for.
+    What normalises a channel then goes into the convolution's weights. Running statistics are known; those of the
+    batch follow from the input's: a channel is :math:`w \cdot p + b` of patches p, so its mean is :math:`w \cdot E p
+    + b` and its variance :math:`w^\top \mathrm{Cov}(p)\, w`, and with few inputs the patches' covariance is cheap.
+    Differentiable as often as asked for.
 
     Args:
         convolution: with zero padding, in one group.
@@ -62,9 +67,21 @@ def convolve_and_normalise(convolution: nn.Conv2d, norm: BatchNorm, images: Tens
         float [N, O, H', W'].
     """
     first, weight = _first_images.get(), convolution.weight
-    if first is None or convolution.bias is None or len(weight) < _WORTH * weight[0].numel():
+    bias = convolution.bias
+    few = len(weight) >= _WORTH * weight[0].numel()
+    # Whoever hooks a module wants to see what passes it: it must be called.
+    hooked = any(m._forward_hooks or m._forward_pre_hooks for m in (convolution, norm))
+    if hooked or _instead.get() or (norm.training if first is None else bias is None or not few):
         out: Tensor = norm(convolution(images))
         return out
+    if first is None:
+        assert isinstance(norm.running_mean, Tensor)
+        assert isinstance(norm.running_var, Tensor)
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        offset = -norm.running_mean if bias is None else bias - norm.running_mean
+        bias = norm.bias + offset * scale
+        return _convolve(convolution, weight * scale.view(-1, 1, 1, 1), bias, images)
+    assert bias is not None
     with torch.autocast("cpu", enabled=False):
         seen = F.unfold(
             widen(images[:first]),
@@ -78,10 +95,14 @@ def convolve_and_normalise(convolution: nn.Conv2d, norm: BatchNorm, images: Tens
         covariance = (patches - centre) @ (patches - centre).T / patches.shape[1]
         rows = weight.flatten(1)
         scale = norm.weight * torch.rsqrt(((rows @ covariance) * rows).sum(1) + norm.eps)
-        mean = (rows @ centre)[:, 0] + convolution.bias
-        bias = norm.bias + (convolution.bias - mean) * scale
+        mean = (rows @ centre)[:, 0] + bias
+        bias = norm.bias + (bias - mean) * scale
         weight = weight * scale.view(-1, 1, 1, 1)
-    return F.conv2d(images, weight, bias, convolution.stride, convolution.padding, convolution.dilation)
+    return _convolve(convolution, weight, bias, images)
+
+
+def _convolve(like: nn.Conv2d, weight: Tensor, bias: Tensor, images: Tensor) -> Tensor:
+    return F.conv2d(images, weight, bias, like.stride, like.padding, like.dilation, like.groups)
 
 
 _WORTH = 4  # outputs per number of a patch: 64 channels out of one were 1.2 times faster, 32 out of three slower
@@ -104,6 +125,23 @@ def statistics_of_first(count: int) -> Iterator[None]:
         _first_images.reset(token)
 
 
+@contextmanager
+def normalised_by(function: Callable[[BatchNorm, Tensor], Tensor]) -> Iterator[None]:
+    """Within the context, every :class:`BatchNorm` leaves its work to a function.
+
+    Args:
+        function: of the layer and its input [N, C, H, W], to its output of the same shape.
+
+    Yields:
+        Nothing.
+    """
+    token = _instead.set(function)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
 def params_of(network: nn.Module) -> Params:
     """Copies of the trainable parameters, ready for gradients.
 
@@ -124,6 +162,7 @@ def call(
     first: int | None = None,
     statistics: Statistics | None = None,
     method: str = "forward",
+    **options: int,
 ) -> Tensor:
     """The network as a function of its parameters.
 
@@ -135,6 +174,7 @@ def call(
             ``statistics`` is given.
         statistics: running statistics by buffer name (inference).
         method: ``"forward"`` for logits, ``"features"`` for the encoder alone.
+        **options: of the method.
 
     Returns:
         float [N, K] or [N, D].
@@ -142,7 +182,10 @@ def call(
     context: Any = nullcontext() if statistics is not None else statistics_of_first(first or len(images))
     with context:
         out: Tensor = torch.func.functional_call(
-            _Method(network, method), {f"network.{k}": v for k, v in {**params, **(statistics or {})}.items()}, images
+            _Method(network, method),
+            {f"network.{k}": v for k, v in {**params, **(statistics or {})}.items()},
+            images,
+            options,
         )
     return out
 
@@ -155,8 +198,8 @@ class _Method(nn.Module):
         self.network = network
         self.method = method
 
-    def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = getattr(self.network, self.method)(images)
+    def forward(self, images: Tensor, **options: int) -> Tensor:
+        out: Tensor = getattr(self.network, self.method)(images, **options)
         return out
 
 
@@ -201,8 +244,14 @@ def in_chunks(function: Callable[[Tensor], Tensor], images: Tensor, chunk: int =
     Returns:
         [N, …].
     """
+    out: Tensor | None = None
     with torch.no_grad():
-        return torch.cat([function(part) for part in images.split(chunk)])
+        for start in range(0, len(images), chunk):
+            part = function(images[start : start + chunk])
+            if out is None:  # the whole is allocated once: collected parts would be held twice
+                out = part.new_empty((len(images), *part.shape[1:]))
+            out[start : start + chunk] = part
+        return function(images) if out is None else out
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -254,7 +303,8 @@ def whitening(features: Tensor, power: float, dimensions: int | None = None) -> 
         W, float32 [D, k].
     """
     rows = features.double()
-    strength, axes = torch.linalg.eigh(rows.T @ rows / len(rows))
+    # Decomposed in single precision, ten times faster: weak directions, which it blurs, are levelled below.
+    strength, axes = torch.linalg.eigh((rows.T @ rows / len(rows)).float())
     strength, axes = strength.flip(0), axes.flip(1)
     kept = min(dimensions or len(strength), len(strength))
     # A direction without strength is noise: it gets no more weight than a weak one.

@@ -43,21 +43,22 @@ class Network(nn.Module):
         classes: K.
     """
 
-    def __init__(self, encoder: nn.Module, dimension: int, classes: int) -> None:
+    def __init__(self, encoder: nn.Sequential, dimension: int, classes: int) -> None:
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(dimension, classes)
 
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor, start: int = 0) -> Tensor:
         """Features before the head.
 
         Args:
-            images: float [N, C, H, W], normalised.
+            images: float [N, C, H, W], normalised; with a ``start``, what the parts before it made of them.
+            start: first part of the encoder to run.
 
         Returns:
             float [N, D].
         """
-        out: Tensor = self.encoder(images)
+        out: Tensor = self.encoder[start:](images)
         return out
 
     def forward(self, images: Tensor) -> Tensor:
@@ -127,8 +128,17 @@ class ResidualBlock(nn.Module):
         Returns:
             float [N, outputs, H / stride, W / stride].
         """
-        out = F.relu(self.norm1(self.conv1(images)))
-        return F.relu(self.norm2(self.conv2(out)) + self.shortcut(images))
+        out = F.relu(convolve_and_normalise(self.conv1, self.norm1, images))
+        out = convolve_and_normalise(self.conv2, self.norm2, out)
+        return F.relu(out + self._shortcut(images))
+
+    def _shortcut(self, images: Tensor) -> Tensor:
+        if not isinstance(self.shortcut, nn.Sequential):
+            return images
+        convolution, norm = self.shortcut
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, BatchNorm)
+        return convolve_and_normalise(convolution, norm, images)
 
 
 def build(spec: NetworkSpec, generator: torch.Generator) -> Network:

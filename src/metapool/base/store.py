@@ -166,7 +166,7 @@ class Store:
             The finished folder.
         """
         with self._timed(kind):
-            made = _make(self.root, kind, {**key, "threads": self.threads}, build, self.threads)
+            made = _make(self.root, kind, self._full(key, unit=False), build, self.threads)
         return self._note(kind, made)
 
     def units(self, kind: str, keys: Mapping[str, Key], build: Callable[[str, Path], None]) -> dict[str, Path]:
@@ -180,7 +180,7 @@ class Store:
         Returns:
             The finished folder of every unit, in the order of ``keys``.
         """
-        full = {name: {**key, "threads": self.unit_threads} for name, key in keys.items()}
+        full = {name: self._full(key, unit=True) for name, key in keys.items()}
         folders = {name: self.root / kind / digest_of(key) for name, key in full.items()}
         missing = [name for name, folder in folders.items() if not folder.exists()]
         done = len(full) - len(missing)
@@ -209,8 +209,7 @@ class Store:
         Yields:
             The number of the step to take, from where the checkpoint ends to ``total - 1``.
         """
-        digest = digest_of({**key, "threads": self.threads})
-        checkpoint = self.root / "checkpoints" / f"{kind}-{digest}.pt"
+        checkpoint = self._checkpoint(kind, key)
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         first = 0
         if checkpoint.exists():
@@ -224,6 +223,38 @@ class Store:
                 torch.save({"step": step + 1, "state": state.state_dict()}, temporary)
                 temporary.replace(checkpoint)
             self.progress(kind, step + 1, total)
+
+    def folder(self, kind: str, key: Key, *, unit: bool = False) -> Path:
+        """Where an artifact is, or would be: asks, and builds nothing.
+
+        Args:
+            kind: name of the stage.
+            key: what the artifact depends on.
+            unit: whether it is one of :meth:`units`, and not of :meth:`artifact`.
+
+        Returns:
+            The folder; it exists when the artifact is whole.
+        """
+        return self.root / kind / digest_of(self._full(key, unit=unit))
+
+    def steps_done(self, kind: str, key: Key) -> int:
+        """How far a loop of :meth:`steps` has come: takes no step.
+
+        Args:
+            kind: name of the loop.
+            key: what the loop depends on.
+
+        Returns:
+            Steps that the last checkpoint holds, 0 when there is none.
+        """
+        checkpoint = self._checkpoint(kind, key)
+        return int(torch.load(checkpoint, weights_only=True)["step"]) if checkpoint.exists() else 0
+
+    def _full(self, key: Key, *, unit: bool) -> dict[str, Any]:
+        return {**key, "threads": self.unit_threads if unit else self.threads}
+
+    def _checkpoint(self, kind: str, key: Key) -> Path:
+        return self.root / "checkpoints" / f"{kind}-{digest_of(self._full(key, unit=False))}.pt"
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:

@@ -19,6 +19,7 @@ import metapool
 from metapool.base.errors import MetapoolError
 from metapool.base.store import Store
 from metapool.interface import recipe as recipes
+from metapool.interface.plan import plan, plan_summary
 from metapool.interface.run import pool_summary, run, run_summary
 from metapool.interface.use import evaluate_saved, predict
 from metapool.realdata.pretrain import OracleSettings, PoolSettings, build_pool, train_oracle
@@ -29,6 +30,14 @@ Start with `metapool run`: it takes the pool that comes with metapool, makes a f
 report. With a pool of your own: `metapool pool build`, then `metapool run --pool FOLDER`, then `metapool predict`."""
 
 
+RUN = "Run a recipe (default: the main job). Flags are laid over the recipe's fields."
+PLAN = """Say what `metapool run` with the same recipe and flags would do, and do nothing of it.
+
+Minutes: of what is still to do, then of the whole, by a few steps that are timed here and now, as many at once as the
+run has workers. Disk: images, answers and models that the store will hold. Memory: an estimate for meta-training, which
+holds the features that all models see in all images. In the store: what is there already."""
+
+
 @dataclass
 class Run:
     """Make a few-shot learner of a pool, compare it with its rivals, write a report (`metapool run --help`)."""
@@ -36,6 +45,15 @@ class Run:
     def __call__(self) -> None:
         """Runs the main job."""
         _run([])
+
+
+@dataclass
+class Plan:
+    """Say what a run would do: minutes, GB, what the store has already (`metapool plan --help`)."""
+
+    def __call__(self) -> None:
+        """Plans the main job."""
+        _plan([])
 
 
 @dataclass
@@ -200,6 +218,7 @@ class Pool:
 
 Command = (
     Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
+    | Annotated[Plan, tyro.conf.subcommand("plan", prefix_name=False)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
     | Annotated[Predict, tyro.conf.subcommand("predict", prefix_name=False)]
     | Annotated[Pool, tyro.conf.subcommand("pool", prefix_name=False)]
@@ -231,22 +250,36 @@ class _progress:
 
 def _run(arguments: Sequence[str]) -> None:
     """`metapool run [recipe.yaml] [--section.option value] [--print-recipe]`."""
-    rest = [argument for argument in arguments if argument != "--print-recipe"]
-    given = rest.pop(0) if rest and not rest[0].startswith("-") else None
-    recipe = _parsed(
-        tyro.conf.AvoidSubcommands[recipes.Recipe],
-        prog="metapool run [recipe.yaml] [--print-recipe]",
-        description="Run a recipe (default: the main job). Flags are laid over the recipe's fields.",
-        default=recipes.load_recipe(given),
-        args=rest,
-    )
-    if "--print-recipe" in arguments:
+    recipe, shown = _recipe("run", "--print-recipe", RUN, arguments)
+    if shown:
         print(recipes.recipe_text(recipe), end="")
         return
     with _progress() as progress:
         report = run(recipe, progress)
     print(run_summary(report.parent))
     print(f"report: {report}")
+
+
+def _plan(arguments: Sequence[str]) -> None:
+    """`metapool plan [recipe.yaml] [--section.option value] [--json]`."""
+    recipe, as_json = _recipe("plan", "--json", PLAN, arguments)
+    with _progress() as progress:
+        planned = plan(recipe, progress)
+    print(json.dumps(planned.as_dict(), indent=1) if as_json else plan_summary(planned))
+
+
+def _recipe(command: str, switch: str, about: str, arguments: Sequence[str]) -> tuple[recipes.Recipe, bool]:
+    """The recipe that a command line means, flags laid over the file, and whether the command's own switch is set."""
+    rest = [argument for argument in arguments if argument != switch]
+    given = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    recipe = _parsed(
+        tyro.conf.AvoidSubcommands[recipes.Recipe],
+        prog=f"metapool {command} [recipe.yaml] [{switch}]",
+        description=about,
+        default=recipes.load_recipe(given),
+        args=rest,
+    )
+    return recipe, switch in arguments
 
 
 def _parsed(form: Any, **options: Any) -> Any:
@@ -274,6 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"metapool {metapool.__version__}")
         elif given[:1] == ["run"]:
             _run(given[1:])
+        elif given[:1] == ["plan"]:
+            _plan(given[1:])
         else:
             _parsed(Command, prog="metapool", description=ABOUT, args=given or ["--help"])()
     except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,35 +47,16 @@ def run(recipe: Recipe, progress: Progress = silent) -> Path:
 
     Returns:
         The report, ``<out>/<name>/report.html``.
-
-    Raises:
-        MetapoolError: when the pool is empty.
     """
-    check_installed()
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    pool = open_pool(recipe.pool)[: recipe.limit]
-    jobs = recipe.jobs or cores()
-    store = Store(Path(recipe.store), jobs=jobs, progress=progress)
-    if not pool.ids:
-        raise MetapoolError(f"{pool.path}: the pool has no models")
-    input = pool.manifest.models[0].input
-    images = evaluation_images(recipe.evaluation.data, "test", input, recipe.evaluation.root)
-    validation = validation_images(recipe.evaluation, input)
-    if validation is not None:
-        _check_validation(validation, images)
-    episodes = {
-        shot: sample_episodes(
-            images, recipe.evaluation.way, shot, recipe.evaluation.query, recipe.evaluation.episodes,
-            recipe.evaluation.seed,
-        )
-        for shot in recipe.evaluation.shots
-    }  # fmt: skip
+    job = prepare(recipe, progress)
+    pool, store, images, validation, episodes = job.pool, job.store, job.images, job.validation, job.episodes
+    methods, references = job.methods, job.references
     folder = Path(recipe.out) / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
 
     rows: dict[str, dict[str, Any]] = {}
     scores: dict[str, dict[int, Scores]] = {}
-    methods, references = recipe.methods(), _references(recipe)
     for name, method in methods.items():
         fitted = _fit(method, pool, store, recipe.seed, validation)
         scores[name], rows[name] = _score(fitted, images, episodes, store)
@@ -92,6 +74,63 @@ def run(recipe: Recipe, progress: Progress = silent) -> Path:
     _write_json(folder / "run.json", {**_run_file(recipe, pool, started, main), "used": store.used})
     _replace_text(folder / "recipe.yaml", recipe_text(recipe))
     return write_report(folder)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe with all that it names opened, and every mistake in it found.
+
+    Attributes:
+        pool: the models.
+        store: keeps the stages; nothing is made in it yet.
+        images: of the classes that models are scored on.
+        validation: of the classes that checkpoints are chosen on.
+        episodes: by number of shots.
+        methods: by name, the recipe's own first.
+        references: folders of saved models by name.
+    """
+
+    pool: ModelPool
+    store: Store
+    images: LabelledImages
+    validation: LabelledImages | None
+    episodes: dict[int, Episodes]
+    methods: dict[str, AnyMethod]
+    references: dict[str, Path]
+
+
+def prepare(recipe: Recipe, progress: Progress = silent) -> Job:
+    """Opens what a recipe names, and builds nothing.
+
+    Args:
+        recipe: what to run.
+        progress: of the store.
+
+    Returns:
+        The job.
+
+    Raises:
+        MetapoolError: when the pool is empty.
+    """
+    check_installed()
+    pool = open_pool(recipe.pool)[: recipe.limit]
+    jobs = recipe.jobs or cores()
+    store = Store(Path(recipe.store), jobs=jobs, progress=progress)
+    if not pool.ids:
+        raise MetapoolError(f"{pool.path}: the pool has no models")
+    input = pool.manifest.models[0].input
+    images = evaluation_images(recipe.evaluation.data, "test", input, recipe.evaluation.root)
+    validation = validation_images(recipe.evaluation, input)
+    if validation is not None:
+        _check_validation(validation, images)
+    episodes = {
+        shot: sample_episodes(
+            images, recipe.evaluation.way, shot, recipe.evaluation.query, recipe.evaluation.episodes,
+            recipe.evaluation.seed,
+        )
+        for shot in recipe.evaluation.shots
+    }  # fmt: skip
+    return Job(pool, store, images, validation, episodes, recipe.methods(), _references(recipe))
 
 
 def _check_validation(validation: LabelledImages, images: LabelledImages) -> None:
@@ -118,28 +157,38 @@ def _references(recipe: Recipe) -> dict[str, Path]:
 
 def _fit(method: AnyMethod, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None) -> Path:
     """The folder of a fitted model; fitting again answers from the store."""
-    key = {
+    key = fit_key(method, pool, seed, validation)
+    return store.artifact(
+        f"fit-{method.name}", key, lambda folder: method.fit(pool, store, seed, validation).save(folder)
+    )
+
+
+def fit_key(method: AnyMethod, pool: ModelPool, seed: int, validation: LabelledImages | None) -> dict[str, Any]:
+    """What a fitted model depends on.
+
+    Args:
+        method: with all its settings.
+        pool: the models.
+        seed: of the fit.
+        validation: images of meta-validation classes.
+
+    Returns:
+        A key of the store, of the kind ``fit-<name of the method>``.
+    """
+    return {
         "method": method.model_dump(mode="json"),
         "pool": pool.digest(),
         "seed": seed,
         "validation": validation.digest() if validation else None,
         "versions": [VERSION, recover.VERSION, embed.VERSION, views.VERSION, tgr.VERSION],
     }
-    return store.artifact(
-        f"fit-{method.name}", key, lambda folder: method.fit(pool, store, seed, validation).save(folder)
-    )
 
 
 def _score(
     fitted: Path, images: LabelledImages, episodes: dict[int, Episodes], store: Store
 ) -> tuple[dict[int, Scores], dict[str, Any]]:
     """Scores by shot and the row of the table, for a saved model."""
-    key = {
-        "model": fitted.name if fitted.is_relative_to(store.root) else _folder_digest(fitted),
-        "images": images.digest(),
-        "episodes": {str(shot): drawn.digest() for shot, drawn in episodes.items()},
-        "version": VERSION,
-    }
+    key = score_key(fitted, images, episodes, store)
 
     def build(folder: Path) -> None:
         model = load_model(fitted)
@@ -155,6 +204,26 @@ def _score(
     folder = store.artifact("scores", key, build)
     scores = {shot: Scores(np.load(folder / f"shot-{shot}.npy", allow_pickle=False)) for shot in episodes}
     return scores, json.loads((folder / "row.json").read_text())
+
+
+def score_key(fitted: Path, images: LabelledImages, episodes: dict[int, Episodes], store: Store) -> dict[str, Any]:
+    """What the scores of a saved model depend on.
+
+    Args:
+        fitted: folder of the model; one in the store need not be there yet.
+        images: what the episodes index.
+        episodes: by number of shots.
+        store: where fitted models are.
+
+    Returns:
+        A key of the store, of the kind ``scores``.
+    """
+    return {
+        "model": fitted.name if fitted.is_relative_to(store.root) else _folder_digest(fitted),
+        "images": images.digest(),
+        "episodes": {str(shot): drawn.digest() for shot, drawn in episodes.items()},
+        "version": VERSION,
+    }
 
 
 def _scores_file(

@@ -11,7 +11,8 @@ from metapool.base.errors import MetapoolError
 from metapool.base.images import LabelledImages
 from metapool.base.store import Store
 from metapool.ensemble import Ensemble
-from metapool.learners import MAML, FewShotModel, MetaModel, ProtoNet
+from metapool.learners import MAML, FewShotModel, ProtoNet
+from metapool.meta_model import MetaModel
 from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool

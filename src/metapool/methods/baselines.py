@@ -19,7 +19,8 @@ from metapool.base.store import Settings, Store, generator_for
 from metapool.ensemble import Ensemble, Moments, model_features, raw_features
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
-from metapool.learners import FewShotModel, MetaModel, ProtoNet, centroid_logits
+from metapool.learners import FewShotModel, ProtoNet, centroid_logits
+from metapool.meta_model import MetaModel
 from metapool.pool import ModelPool, PretrainedModel
 from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
 

@@ -19,7 +19,8 @@ from metapool.base.images import InputSpec, LabelledImages, augment, to_float
 from metapool.base.networks import Architecture, NetworkSpec, build
 from metapool.base.store import Progress, Settings, Store, generator_for
 from metapool.episodes import sample_episodes
-from metapool.learners import MetaModel, ProtoNet
+from metapool.learners import ProtoNet
+from metapool.meta_model import MetaModel
 from metapool.pool import ModelPool, PretrainedModel
 from metapool.training import Training
 

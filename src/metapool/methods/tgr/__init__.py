@@ -27,10 +27,11 @@ Cost of a step: 2n forward and backward passes over ``batch`` images (n with α 
 any teacher.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
@@ -51,7 +52,8 @@ from metapool.gradients import implicit_step
 from metapool.gradients import mean_gradient as mean_gradient
 from metapool.gradients import task_gradients as task_gradients
 from metapool.group import Grouping, group_models
-from metapool.learners import AnyLearner, MetaModel, ProtoNet
+from metapool.learners import AnyLearner, ProtoNet
+from metapool.meta_model import MetaModel
 from metapool.methods.tgr.tasks import Tasks
 from metapool.pool import ModelPool
 from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
@@ -61,7 +63,7 @@ from metapool.task_losses import relational_loss as relational_loss
 from metapool.training import Training
 from metapool.views import Views, ViewSettings, view_bank
 
-VERSION = 3
+VERSION = 4
 
 TaskLossName = Literal["relational", "classify", "episodic"]
 
@@ -120,6 +122,10 @@ class TGR(Settings):
     models: what no single model knows. 0 for pools whose class names do not mean the same everywhere."""
     replay_tasks: int = pydantic.Field(default=4, ge=1)
     """Episodes of a replay."""
+    freeze: tuple[Annotated[float, pydantic.Field(ge=0, le=1)], ...] = pydantic.Field(default=(0.1, 0.5), max_length=3)
+    """Share of the steps after which the first block of the network stops learning, then the second, and so on; what
+    they make of the views is then made once and kept, which halves the time (FreezeOut, Brock et al. 2017, arXiv
+    1706.04983). For relational losses only; others train all blocks to the end."""
     average: float = pydantic.Field(default=0.98, ge=0, lt=1)
     """Decay of the running mean of the weights that is kept; 0 keeps the last weights."""
     check_every: int = pydantic.Field(default=20, ge=1)
@@ -140,9 +146,42 @@ class TGR(Settings):
         bank = recover_pool(pool, self.recovery, store)
         groups = self.grouped(pool, bank, store, seed)
         input = pool.manifest.models[0].input
-        relational = "relational" in (self.task_loss, self.replay)
-        views = view_bank(pool, bank, [pool.ids], input, self.views, store)[0] if relational else None
-        key = {
+        views = view_bank(pool, bank, [pool.ids], input, self.views, store)[0] if self.relational else None
+        key = self.key(bank, groups, seed, validation)
+        build_model = partial(self.train, bank, groups, views, input, store, seed, validation, key)
+        return MetaModel.load(store.artifact("meta-model", key, build_model))
+
+    @property
+    def relational(self) -> bool:
+        """Whether a loss compares with what the models see, so that it needs views."""
+        return "relational" in (self.task_loss, self.replay)
+
+    def phases(self, done: int = 0) -> Mapping[int, int]:
+        """How long the blocks of the network learn.
+
+        Args:
+            done: steps that are taken already.
+
+        Returns:
+            Numbers of the steps that are left, by the number of blocks that no longer learn then.
+        """
+        return Counter(self._frozen(step) for step in range(done, self.steps))
+
+    def key(
+        self, bank: TaskBank, groups: list[list[str]], seed: int, validation: LabelledImages | None
+    ) -> dict[str, Any]:
+        """What the trained model depends on.
+
+        Args:
+            bank: recovered tasks, or what will be.
+            groups: model ids of every group.
+            seed: of everything random.
+            validation: images of meta-validation classes.
+
+        Returns:
+            A key of the store.
+        """
+        return {
             "method": self.model_dump(mode="json"),
             "bank": bank.digest(),
             "groups": groups,
@@ -150,8 +189,6 @@ class TGR(Settings):
             "seed": seed,
             "version": VERSION,
         }
-        build_model = partial(self._train, bank, groups, views, input, store, seed, validation, key)
-        return MetaModel.load(store.artifact("meta-model", key, build_model))
 
     def grouped(self, pool: ModelPool, bank: TaskBank, store: Store, seed: int) -> list[list[str]]:
         """Stages 2 and 3.
@@ -173,7 +210,7 @@ class TGR(Settings):
             for group in group_models(distances, self.grouping, self.groups, smallest, seed)
         ]
 
-    def _train(
+    def train(
         self,
         bank: TaskBank,
         groups: list[list[str]],
@@ -185,7 +222,19 @@ class TGR(Settings):
         key: Mapping[str, Any],
         folder: Path,
     ) -> None:
-        """Stages 4 and 5: the checkpointed loop."""
+        """Stages 4 and 5: the checkpointed loop.
+
+        Args:
+            bank: recovered tasks.
+            groups: model ids of every group.
+            views: what all models say of the bank's images, when a loss asks for it.
+            input: the meta-model's.
+            store: keeps the checkpoints.
+            seed: of everything random.
+            validation: images of meta-validation classes.
+            key: what the checkpoints depend on.
+            folder: is filled with the trained model.
+        """
         images = bank.labelled("distinct", input).images if views is None else views.images
         student = Student(self.width, self.way, self.learner, input, images, seed, self.whiten)
         updates = 0 if self.replay == "none" else self.replay_updates
@@ -193,6 +242,8 @@ class TGR(Settings):
         tasks = Tasks(self, student, bank, groups, views)
         sizes = torch.tensor([float(len(group)) for group in groups])
         for step in store.steps("meta-train", key, training, self.steps, self.check_every):
+            if (blocks := self._frozen(step)) > tasks.start:
+                tasks.freeze(training, blocks)
             generator = generator_for(seed, "tgr", "step", str(step))
             group = int(torch.multinomial(sizes, 1, generator=generator))
             batches, task_loss = tasks.draw(group, generator)
@@ -207,3 +258,9 @@ class TGR(Settings):
                 training.keep_if_better(record["validation"])
             training.records.append(record)
         student.model(training.best_params, training.records).save(folder)
+
+    def _frozen(self, step: int) -> int:
+        """Blocks that no longer learn."""
+        if self.task_loss != "relational" or self.replay == "episodes":
+            return 0
+        return sum(step >= share * self.steps for share in self.freeze)

@@ -13,6 +13,7 @@ from metapool.episodes import draw_classes
 from metapool.gradients import Batch, TaskLoss, mean_gradient, task_gradients
 from metapool.student import Student
 from metapool.task_losses import classify_loss, relational_loss
+from metapool.training import Training
 from metapool.views import Views
 
 if TYPE_CHECKING:
@@ -40,8 +41,11 @@ class Tasks:
     ) -> None:
         self.method = method
         self.together = self._relational_together if method.task_loss == "relational" else None
+        self.student = student
         self.network = student.network
         self.input = student.input
+        self.start = 0  # blocks of the network that are frozen, whose maps of all views are then kept
+        self.maps: Tensor | None = None
         self.groups = groups
         self.bank = dict(bank) if method.task_loss != "relational" else {}
         self.named = bank.labelled("by-name", student.input) if method.replay == "episodes" else None
@@ -57,6 +61,19 @@ class Tasks:
         places = {id: place for place, id in enumerate(views.features)}
         owners = [torch.tensor([places[id] for id in group]) for group in groups]
         self.rows = [torch.where(torch.isin(views.owner, owner))[0] for owner in owners]
+
+    def freeze(self, training: Training, blocks: int) -> None:
+        """Ends the training of the first blocks; what they make of the views is kept, and not made again.
+
+        Args:
+            training: where the parameters are.
+            blocks: how many, in all.
+        """
+        for block in range(self.start, blocks):
+            training.freeze(f"encoder.{block}.")
+        self.maps = None  # before the next ones are made: they are large
+        self.maps = self.student.maps(training.kept(), self.images, blocks)
+        self.start = blocks
 
     def draw(self, group: int, generator: torch.Generator) -> tuple[Batch, TaskLoss]:
         """Batches of n models of a group, and the loss of one of them.
@@ -82,7 +99,7 @@ class Tasks:
         rows = self.rows[group]
         drawn = rows[torch.randint(len(rows), (self.method.batch,), generator=generator)]
         directions = [self.directions[drawn, self.columns[id]].float() for id in teachers]
-        images = self.input.prepare(to_float(self.images[drawn]))
+        images = self._seen(drawn)
         return images.expand(len(teachers), *images.shape), torch.stack([d @ d.T for d in directions])
 
     def _relational(self, params: Params, batch: Batch) -> Tensor:
@@ -96,7 +113,11 @@ class Tasks:
 
     def _features(self, params: Params, images: Tensor) -> Tensor:
         with half_precision():
-            return widen(call(self.network, params, images, method="features"))
+            return widen(call(self.network, params, images, method="features", start=self.start))
+
+    def _seen(self, rows: Tensor) -> Tensor:
+        """Views as the learning part of the network takes them."""
+        return self.input.prepare(to_float(self.images[rows])) if self.maps is None else self.maps[rows]
 
     def _draw_classify(self, teachers: list[str], generator: torch.Generator) -> Batch:
         return self._draw_recovered(teachers, self.method.batch // self.method.way, generator)
@@ -151,8 +172,7 @@ class Tasks:
         directions, concepts = self.directions[drawn].float(), self.concepts[drawn]
         cosines = directions @ directions.T / len(self.columns)
         cosines[(concepts == concepts.unsqueeze(1)) & (concepts >= 0)] += self.method.names
-        images = self.input.prepare(to_float(self.images[drawn]))
-        return images.unsqueeze(0), cosines.unsqueeze(0)
+        return self._seen(drawn).unsqueeze(0), cosines.unsqueeze(0)
 
     def _replay_episodes(self, generator: torch.Generator) -> Batch:
         """Episodes whose classes mix models; one name is one class."""
