@@ -139,6 +139,7 @@ def test_of_an_empty_store_everything_is_missing_and_costs_something(empty: tupl
         "meta-model maml": (0, 1),
         "fit": (0, 9),
         "scores": (0, 10),
+        "cost": (0, 10),
     }
     for stage in planned.stages:
         assert stage.minutes == stage.minutes_whole > 0, stage.name
@@ -210,7 +211,7 @@ def test_another_seed_trains_anew_on_the_same_bank_and_views(copied: Path, world
     recipe = only(world, copied, seed=1)
     before = made(copied)
     planned = plan(recipe)
-    assert to_make(planned) == {"meta-model tgr", "fit", "scores"}
+    assert to_make(planned) == {"meta-model tgr", "fit", "scores", "cost"}
     missing = {name for name in artifacts(planned) if not (copied / "store" / name).exists()}
     run(recipe)
     assert made(copied) - before == missing
@@ -261,7 +262,7 @@ def test_the_command_prints_a_table_or_json(
 
     rows = plan_summary(empty[1]).splitlines()
     assert "3 models, 2 steps each; 3 models, 0 steps each" in rows[1]
-    assert "10 models, 6 episodes of 1 and 3 shots" in rows[-3]
+    assert "10 models, 6 episodes of 1 and 3 shots" in rows[-4]
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_another_seed_reuses_bank_probe_and_views(copied: Path, world: Path) -> 
     main(["run", written(copied / "tiny.yaml", only(world, copied)), "--seed", "1"])
     after = made(copied)
     assert {name: after[name] for name in before} == before
-    assert kinds(set(after) - set(before)) == {"fit-tgr", "meta-model", "scores"}
+    assert kinds(set(after) - set(before)) == {"fit-tgr", "meta-model", "scores", "cost"}
     assert (copied / "runs" / "tiny" / "model" / "model.safetensors").read_bytes() != model
     assert read(copied / "runs" / "tiny" / "run.json")["seed"] == 1
 
@@ -290,7 +290,7 @@ def test_other_recovery_shares_nothing_but_the_pool(copied: Path, world: Path) -
     recovery = toys.HASTY.model_copy(update={"seed": 1})
     run(only(world, copied, method=TGR(**{**BRIEF, "recovery": recovery})))
     new = kinds(set(made(copied)) - set(before))
-    assert {"recover", "probe", "embed", "view-images", "view", "meta-model", "fit-tgr", "scores"} == new
+    assert {"recover", "probe", "embed", "view-images", "view", "meta-model", "fit-tgr", "scores", "cost"} == new
 
 
 def test_fewer_models_are_the_first_ones_and_their_bank_is_there(copied: Path, world: Path) -> None:

@@ -2,7 +2,9 @@
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import torch
@@ -68,19 +70,42 @@ def mean_interval(values: NDArray[np.float64]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def evaluate(model: FewShotModel, images: LabelledImages, episodes: Episodes, progress: Progress = silent) -> Scores:
+@overload
+def evaluate(
+    model: FewShotModel, images: LabelledImages, episodes: Episodes, progress: Progress = silent
+) -> Scores: ...
+
+
+@overload
+def evaluate(
+    model: FewShotModel, images: LabelledImages, episodes: Mapping[int, Episodes], progress: Progress = silent
+) -> dict[int, Scores]: ...
+
+
+def evaluate(
+    model: FewShotModel,
+    images: LabelledImages,
+    episodes: Episodes | Mapping[int, Episodes],
+    progress: Progress = silent,
+) -> Scores | dict[int, Scores]:
     """Accuracy on every episode; every image is encoded once, whatever the number of episodes it stands in.
 
     Args:
         model: the model. Logits may carry leading axes [V, …]; accuracies are then averaged over them.
         images: what the episodes index.
-        episodes: the episodes.
+        episodes: the episodes, or several sets of them by name.
         progress: called now and then.
 
     Returns:
-        The accuracies.
+        The accuracies, by name when the episodes have names.
     """
     encoded = model.encode(to_float(images.images))
+    if isinstance(episodes, Episodes):
+        return _accuracies(model, encoded, episodes, progress)
+    return {name: _accuracies(model, encoded, some, progress) for name, some in episodes.items()}
+
+
+def _accuracies(model: FewShotModel, encoded: Tensor, episodes: Episodes, progress: Progress) -> Scores:
     supports, queries = episodes.support.flatten(1), episodes.query.flatten(1)
     # Vectors are compared many episodes at a time, as many as stay in the cache; images have an inner loop each.
     size = (supports.shape[1] + queries.shape[1]) * encoded[0].numel()

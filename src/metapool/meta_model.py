@@ -44,7 +44,8 @@ class MetaModel(nn.Module):
         super().__init__()
         self.projection = projection
         self.history = list(history)
-        self.network = network.eval()
+        # Convolutions of a CPU are up to twice as fast in this order.
+        self.network = network.eval().to(memory_format=torch.channels_last)
         self.spec = spec
         self.learner = learner
         self.input = input

@@ -143,7 +143,7 @@ class Store:
     """
 
     def __init__(
-        self, root: Path, jobs: int = 1, unit_threads: int = 1, threads: int = 2, progress: Progress = silent
+        self, root: Path, jobs: int = 1, unit_threads: int = 1, threads: int = 1, progress: Progress = silent
     ) -> None:
         self.root = Path(root)
         self.jobs = jobs

@@ -232,7 +232,7 @@ def _choose_greedily(ensemble: Ensemble, images: LabelledImages, size: int, seed
     while len(kept) < size:
         rest = [index for index in range(len(parts)) if index not in kept]
         accuracy = [
-            evaluate(_Encoded(torch.cat([parts[i] for i in [*kept, new]], 1)), images, episodes).interval.mean  # type: ignore[arg-type]
+            evaluate(_Encoded(torch.cat([parts[i] for i in [*kept, new]], 1)), images, episodes).interval.mean  # type: ignore[call-overload]
             for new in rest
         ]
         kept.append(rest[int(np.argmax(accuracy))])

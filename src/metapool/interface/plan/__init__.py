@@ -15,16 +15,16 @@ from metapool.base.functional import half_precision
 from metapool.base.store import Progress, keep_memory, silent
 from metapool.embed import embed_keys, probe_key
 from metapool.interface.plan.costs import Costs
-from metapool.interface.plan.parts import Part, Plan, Stage
+from metapool.interface.plan.parts import METHODS, Part, Plan, Stage
 from metapool.interface.plan.parts import plan_summary as plan_summary
 from metapool.interface.recipe import Recipe
-from metapool.interface.run import Job, fit_key, prepare, score_key
+from metapool.interface.run import Job, cost_key, fit_key, prepare, score_key
 from metapool.methods import AnyMethod
 from metapool.methods.tgr import TGR
 from metapool.recover import recover_keys
 from metapool.views import images_key, view_key
 
-STAGES = ("recover", "probe", "embed", "view-images", "view", "meta-model", "fit", "scores")
+STAGES = ("recover", "probe", "embed", "view-images", "view", "meta-model", "fit", "scores", "cost")
 """In the order in which a method goes through them."""
 PROGRAM = 6.5e8
 """Bytes of Python, PyTorch and all that is imported, as measured."""
@@ -75,7 +75,11 @@ class _Walk:
         found: dict[str, list[Part]] = {}
         for part in sorted(self.parts.values(), key=lambda part: STAGES.index(part.stage)):
             found.setdefault(f"meta-model {part.name}" if part.stage == "meta-model" else part.stage, []).append(part)
-        return [Stage(name, parts, self.job.store.jobs) for name, parts in found.items()]
+        jobs, models = self.job.store.jobs, len(self.job.methods) + len(self.job.references)
+        return [
+            Stage(name, parts, min(jobs, models) if parts[0].stage in METHODS else jobs)
+            for name, parts in found.items()
+        ]
 
     def method(self, name: str) -> None:
         """Notes all that a method makes."""
@@ -105,6 +109,8 @@ class _Walk:
         about = ("model", f"{episodes} episodes of {shots} shots")
         size = 8 * episodes * len(drawn)
         self._note("scores", name, about, folder, True, partial(self.costs.scoring, method), size)
+        folder = self.job.store.folder("cost", cost_key(fitted, self.job.images, self.job.store))
+        self._note("cost", name, ("model", ""), folder, True, partial(self.costs.timing, method), 0)
 
     def _recovered(self, method: AnyMethod, needed: bool) -> TaskBank:
         recovery, costs = method.recovery, self.costs

@@ -173,7 +173,7 @@ class Costs:
         return cast(Answers, self._once("answers", method, lambda: self._time_answers(method)))
 
     def scoring(self, method: AnyMethod | Path) -> float:
-        """Seconds to score a model on all episodes, and to time one answer of it.
+        """Seconds to score a model on all episodes.
 
         Args:
             method: as in :meth:`answers`.
@@ -182,10 +182,20 @@ class Costs:
             Seconds.
         """
         answers, drawn = self.answers(method), self.job.episodes
-        encoding = len(drawn) * len(self.job.images) * answers.image
-        # Six answers to 50 queries, on one thread.
-        alone = 330 * answers.image * self.job.store.threads + 6 * next(iter(answers.episode.values()))
-        return encoding + sum(len(part) * answers.episode[shot] for shot, part in drawn.items()) + alone
+        encoding = len(self.job.images) * answers.image
+        return encoding + sum(len(part) * answers.episode[shot] for shot, part in drawn.items())
+
+    def timing(self, method: AnyMethod | Path) -> float:
+        """Seconds to time the answers of a model: six times 50 queries.
+
+        Args:
+            method: as in :meth:`answers`.
+
+        Returns:
+            Seconds.
+        """
+        answers = self.answers(method)
+        return 330 * answers.image + 6 * next(iter(answers.episode.values()))
 
     def fit(self, method: AnyMethod, images: int) -> float:
         """Seconds of a baseline's own work; meta-training has a cost of its own.

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 UNITS = ("recover", "embed", "view")
-"""Kinds that workers make side by side."""
+"""Kinds of one part per model, which workers make side by side."""
+METHODS = ("meta-model", "fit", "scores")
+"""Kinds of one part per method; workers take a method each, all kinds of it."""
 
 
 @dataclass
@@ -89,7 +91,8 @@ class Stage:
         return sum(part.stored for part in self.parts)
 
     def _minutes(self, seconds: list[float]) -> float:
-        workers = min(self.jobs, len(seconds)) if self.parts[0].stage in UNITS else 1
+        kind = self.parts[0].stage
+        workers = self.jobs if kind in METHODS else min(self.jobs, len(seconds)) if kind in UNITS else 1
         return sum(seconds) / max(1, workers) / 60
 
 

@@ -122,7 +122,7 @@ class TGR(Settings):
     models: what no single model knows. 0 for pools whose class names do not mean the same everywhere."""
     replay_tasks: int = pydantic.Field(default=4, ge=1)
     """Episodes of a replay."""
-    freeze: tuple[Annotated[float, pydantic.Field(ge=0, le=1)], ...] = pydantic.Field(default=(0.1, 0.5), max_length=3)
+    freeze: tuple[Annotated[float, pydantic.Field(ge=0, le=1)], ...] = pydantic.Field(default=(0.05, 0.3), max_length=3)
     """Share of the steps after which the first block of the network stops learning, then the second, and so on; what
     they make of the views is then made once and kept, which halves the time (FreezeOut, Brock et al. 2017, arXiv
     1706.04983). For relational losses only; others train all blocks to the end."""
@@ -143,13 +143,28 @@ class TGR(Settings):
         Returns:
             The meta-model.
         """
+        bank, groups, views = self.prepare(pool, store, seed)
+        key = self.key(bank, groups, seed, validation)
+        input = pool.manifest.models[0].input
+        build_model = partial(self.train, bank, groups, views, input, store, seed, validation, key)
+        return MetaModel.load(store.artifact("meta-model", key, build_model))
+
+    def prepare(self, pool: ModelPool, store: Store, seed: int) -> tuple[TaskBank, list[list[str]], Views | None]:
+        """All stages that open models of the pool.
+
+        Args:
+            pool: the models.
+            store: keeps every stage.
+            seed: of the clustering.
+
+        Returns:
+            The bank, model ids of every group, and what all models see, when a loss asks for it.
+        """
         bank = recover_pool(pool, self.recovery, store)
         groups = self.grouped(pool, bank, store, seed)
         input = pool.manifest.models[0].input
         views = view_bank(pool, bank, [pool.ids], input, self.views, store)[0] if self.relational else None
-        key = self.key(bank, groups, seed, validation)
-        build_model = partial(self.train, bank, groups, views, input, store, seed, validation, key)
-        return MetaModel.load(store.artifact("meta-model", key, build_model))
+        return bank, groups, views
 
     @property
     def relational(self) -> bool:
