@@ -20,6 +20,7 @@ from metapool.recover import (
     PixelRecovery,
     batch_norm_distances,
     batch_norms,
+    common_key,
     inversion_loss,
     recover_pool,
 )
@@ -256,3 +257,21 @@ def test_settings_and_seed_make_another_bank(tiny_pool: ModelPool, store: Store)
     banks = [recover_pool(tiny_pool[:1], variant, store) for variant in variants]
     assert len({bank.digest() for bank in banks}) == 4
     assert not torch.equal(banks[0]["a-conv4"].images, banks[1]["a-conv4"].images)
+
+
+def test_generators_start_from_a_common_one_where_they_have_its_size(tiny_pool: ModelPool, store: Store) -> None:
+    """One step after a warm start is nearer to the first model's statistics than one step after none."""
+    cold = GeneratorRecovery(per_class=4, steps=1, code=8, width=4)
+    warm = cold.model_copy(update={"warm_steps": 30})
+    banks = {recovery.warm_steps: recover_pool(tiny_pool, recovery, store) for recovery in (cold, warm)}
+    assert len(list((store.root / "common").glob("*/painter.safetensors"))) == 1
+    losses = {steps: {id: task.record["loss"] for id, task in bank.items()} for steps, bank in banks.items()}
+    for id in ("a-conv4", "d-conv4"):
+        assert losses[30][id] < losses[0][id]
+    # Of another size and number of channels: it starts afresh.
+    torch.testing.assert_close(banks[30]["c-conv4"].images, banks[0]["c-conv4"].images, rtol=0, atol=0)
+    assert not torch.equal(banks[30]["a-conv4"].images, banks[0]["a-conv4"].images)
+    assert banks[0].digest() != banks[30].digest()
+    assert common_key(tiny_pool, warm) != common_key(tiny_pool[1:], warm)
+    for none in (cold, warm.model_copy(update={"steps": 0}), PixelRecovery()):
+        assert common_key(tiny_pool, none) is None

@@ -13,6 +13,8 @@ where :math:`\bar\mu_l, \bar\sigma^2_l` are the running statistics of the model'
 
 import time
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
@@ -20,6 +22,7 @@ from typing import Annotated, Any, Literal, Protocol
 import pydantic
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from metapool.bank import RecoveredTask, TaskBank
@@ -49,6 +52,7 @@ __all__ = [
     "batch_norm_distances",
     "batch_norms",
     "channel_moments",
+    "common_key",
     "full_contrast",
     "inversion_loss",
     "recover_keys",
@@ -81,18 +85,21 @@ class _Minimising(Settings):
     seed: int = 0
     """Of everything random; every model draws from a seed of its own name."""
 
-    def recover(self, model: PretrainedModel, generator: torch.Generator) -> RecoveredTask:
+    def recover(
+        self, model: PretrainedModel, generator: torch.Generator, common: Mapping[str, Tensor] | None = None
+    ) -> RecoveredTask:
         """Labelled images out of a frozen model.
 
         Args:
             model: any frozen classifier.
             generator: source of all randomness.
+            common: weights to start from, see :class:`GeneratorRecovery`.
 
         Returns:
             The iterate with the lowest loss, balanced over the classes.
         """
         started = time.perf_counter()
-        inversion = Inversion(self, model, generator)
+        inversion = Inversion(self, model, generator, common)
         for _ in range(self.steps):
             inversion.step()
         images, labels = to_bytes(inversion.best), inversion.labels
@@ -105,13 +112,16 @@ class _Minimising(Settings):
         }
         return RecoveredTask(images, labels, logits, model.classes, record)
 
-    def start(self, model: PretrainedModel, count: int, generator: torch.Generator) -> tuple["ImagesOf", list[Tensor]]:
+    def start(
+        self, model: PretrainedModel, count: int, generator: torch.Generator, common: Mapping[str, Tensor] | None
+    ) -> tuple["ImagesOf", list[Tensor]]:
         """Where the descent begins.
 
         Args:
             model: any frozen classifier.
             count: N.
             generator: source of initial values.
+            common: weights to start from, where there are any.
 
         Returns:
             The images [N, C, H, W] as a function, and the unknowns that they hang on.
@@ -132,19 +142,28 @@ class GeneratorRecovery(_Minimising):
     """Length of a code ("nz")."""
     width: int = pydantic.Field(default=64, ge=1)
     """Channels of the generator's last block ("ngf")."""
+    warm_steps: int = pydantic.Field(default=0, ge=0)
+    """Steps that a common generator takes first, on the pool's first model; the generator of every model of that input
+    size then starts from it, and needs half the steps (docs/lab-notes.md). 0: all start from random weights."""
 
-    def start(self, model: PretrainedModel, count: int, generator: torch.Generator) -> tuple["ImagesOf", list[Tensor]]:
-        """A fresh generator and codes.
+    def start(
+        self, model: PretrainedModel, count: int, generator: torch.Generator, common: Mapping[str, Tensor] | None
+    ) -> tuple["ImagesOf", list[Tensor]]:
+        """A generator and fresh codes.
 
         Args:
             model: any frozen classifier.
             count: N.
             generator: source of initial values.
+            common: the generator's weights; fresh ones when there are none, or not of this size.
 
         Returns:
             The images [N, C, H, W] as a function, and the unknowns that they hang on.
         """
         painter = Generator(self.code, self.width, model.input).initialise(generator)
+        state = painter.state_dict()
+        if common is not None and all(common[name].shape == value.shape for name, value in state.items()):
+            painter.load_state_dict(dict(common))
         painter = painter.to(memory_format=torch.channels_last).train()
         codes = torch.randn(count, self.code, generator=generator).requires_grad_()
 
@@ -153,7 +172,7 @@ class GeneratorRecovery(_Minimising):
             # An untrained generator paints grey on grey; a control that shows nothing would be too easy to beat.
             return images if self.steps else full_contrast(images)
 
-        return images_of, [*painter.parameters(), codes]
+        return ImagesOf(images_of, painter), [*painter.parameters(), codes]
 
 
 class PixelRecovery(_Minimising):
@@ -168,19 +187,22 @@ class PixelRecovery(_Minimising):
     weights: LossWeights = LossWeights(total_variation=0.1)
     """Of the loss."""
 
-    def start(self, model: PretrainedModel, count: int, generator: torch.Generator) -> tuple["ImagesOf", list[Tensor]]:
+    def start(
+        self, model: PretrainedModel, count: int, generator: torch.Generator, common: Mapping[str, Tensor] | None
+    ) -> tuple["ImagesOf", list[Tensor]]:
         """Random pixels.
 
         Args:
             model: any frozen classifier.
             count: N.
             generator: source of initial values.
+            common: not used.
 
         Returns:
             The images [N, C, H, W] as a function, and the unknowns that they hang on.
         """
         pixels = torch.randn(count, *model.input.shape, generator=generator).requires_grad_()
-        return lambda: pixels.sigmoid(), [pixels]
+        return ImagesOf(pixels.sigmoid), [pixels]
 
 
 AnyRecovery = Annotated[GeneratorRecovery | PixelRecovery, pydantic.Field(discriminator="name")]
@@ -193,6 +215,7 @@ class Inversion:
         settings: of the recovery.
         model: frozen.
         generator: source of all randomness.
+        common: weights to start from, where there are any.
 
     Attributes:
         labels: int64 [N], class-major.
@@ -200,10 +223,16 @@ class Inversion:
         lowest: their loss.
     """
 
-    def __init__(self, settings: _Minimising, model: PretrainedModel, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        settings: _Minimising,
+        model: PretrainedModel,
+        generator: torch.Generator,
+        common: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.labels = torch.arange(len(model.classes)).repeat_interleave(settings.per_class)
         self.model, self.pixels, self.weights, self.generator = model, settings.shift, settings.weights, generator
-        self.images_of, self.unknowns = settings.start(model, len(self.labels), generator)
+        self.images_of, self.unknowns = settings.start(model, len(self.labels), generator, common)
         if self.weights.batch_norm and not batch_norms(model.network):
             warnings.warn(
                 f"model {model.id!r} has no batch norm: recovered with image priors only, expect poorer images",
@@ -254,11 +283,25 @@ class Inversion:
         return loss
 
 
-class ImagesOf(Protocol):
-    """The current images as a function of the unknowns."""
+@dataclass(frozen=True)
+class ImagesOf:
+    """The current images as a function of the unknowns.
+
+    Attributes:
+        images: gives float [N, C, H, W] in [0, 1].
+        painter: the network that they come from, if one does.
+    """
+
+    images: Callable[[], Tensor]
+    painter: Generator | None = None
 
     def __call__(self) -> Tensor:
-        """Images, float [N, C, H, W] in [0, 1]."""
+        """The images.
+
+        Returns:
+            float [N, C, H, W] in [0, 1].
+        """
+        return self.images()
 
 
 def recover_pool(pool: ModelPool, recovery: GeneratorRecovery | PixelRecovery, store: Store) -> TaskBank:
@@ -272,14 +315,41 @@ def recover_pool(pool: ModelPool, recovery: GeneratorRecovery | PixelRecovery, s
     Returns:
         The bank, in the order of the pool.
     """
-    return TaskBank(store.units("recover", recover_keys(pool, recovery), partial(_recover_unit, pool, recovery)))
+    common: Path | None = None
+    if (key := common_key(pool, recovery)) is not None:
+        common = store.artifact("common", key, partial(_write_common, pool, recovery))
+    return TaskBank(
+        store.units("recover", recover_keys(pool, recovery), partial(_recover_unit, pool, recovery, common))
+    )
 
 
 def recover_keys(pool: ModelPool, recovery: GeneratorRecovery | PixelRecovery) -> dict[str, dict[str, Any]]:
     """Keys of the store by model id: what every recovered task depends on."""
-    settings = recovery.model_dump(mode="json")
-    return {id: {"model": pool.model_digest(id), "id": id, "recovery": settings, "version": VERSION} for id in pool.ids}
+    shared = {"recovery": recovery.model_dump(mode="json"), "common": common_key(pool, recovery), "version": VERSION}
+    return {id: {"model": pool.model_digest(id), "id": id, **shared} for id in pool.ids}
 
 
-def _recover_unit(pool: ModelPool, recovery: GeneratorRecovery | PixelRecovery, id: str, folder: Path) -> None:
-    recovery.recover(pool.get(id), generator_for(recovery.seed, "recover", id)).save(folder)
+def common_key(pool: ModelPool, recovery: GeneratorRecovery | PixelRecovery) -> dict[str, Any] | None:
+    """Key of the weights that all generators start from; none where they start afresh."""
+    if not (isinstance(recovery, GeneratorRecovery) and recovery.steps and recovery.warm_steps):
+        return None
+    settings = recovery.model_dump(mode="json", exclude={"steps"})
+    return {"model": pool.model_digest(pool.ids[0]), "recovery": settings, "version": VERSION}
+
+
+def _write_common(pool: ModelPool, recovery: GeneratorRecovery | PixelRecovery, folder: Path) -> None:
+    assert isinstance(recovery, GeneratorRecovery)
+    settings = recovery.model_copy(update={"steps": recovery.warm_steps})
+    inversion = Inversion(settings, pool[0], generator_for(recovery.seed, "recover", "common"))
+    for _ in range(settings.steps):
+        inversion.step()
+    assert inversion.images_of.painter is not None
+    state = inversion.images_of.painter.state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / "painter.safetensors")
+
+
+def _recover_unit(
+    pool: ModelPool, recovery: GeneratorRecovery | PixelRecovery, common: Path | None, id: str, folder: Path
+) -> None:
+    weights = None if common is None else load_file(common / "painter.safetensors")
+    recovery.recover(pool.get(id), generator_for(recovery.seed, "recover", id), weights).save(folder)

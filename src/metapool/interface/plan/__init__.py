@@ -21,10 +21,10 @@ from metapool.interface.recipe import Recipe
 from metapool.interface.run import Job, cost_key, fit_key, prepare, score_key
 from metapool.methods import AnyMethod
 from metapool.methods.tgr import TGR
-from metapool.recover import recover_keys
+from metapool.recover import GeneratorRecovery, common_key, recover_keys
 from metapool.views import images_key, view_key
 
-STAGES = ("recover", "probe", "embed", "view-images", "view", "meta-model", "fit", "scores", "cost")
+STAGES = ("common", "recover", "probe", "embed", "view-images", "view", "meta-model", "fit", "scores", "cost")
 """In the order in which a method goes through them."""
 PROGRAM = 6.5e8
 """Bytes of Python, PyTorch and all that is imported, as measured."""
@@ -114,6 +114,12 @@ class _Walk:
 
     def _recovered(self, method: AnyMethod, needed: bool) -> TaskBank:
         recovery, costs = method.recovery, self.costs
+        if (key := common_key(self.job.pool, recovery)) is not None and isinstance(recovery, GeneratorRecovery):
+            share = recovery.warm_steps / recovery.steps
+            first = partial(costs.unit, self.job.pool.ids[0], recovery.digest())
+            about = ("generator", f"{recovery.warm_steps} steps")
+            folder = self.job.store.folder("common", key)
+            self._note("common", "all models", about, folder, needed, lambda: share * first(), 0)
         keys = recover_keys(self.job.pool, recovery)
         bank = TaskBank({id: self.job.store.folder("recover", key, unit=True) for id, key in keys.items()})
         for id, folder in bank.folders.items():
