@@ -104,7 +104,7 @@ class TGR(Settings):
     """Support images of a class in a training episode."""
     query: int = pydantic.Field(default=5, ge=1)
     """Query images of a class in a training episode."""
-    steps: int = pydantic.Field(default=180, ge=1)
+    steps: int = pydantic.Field(default=240, ge=1)
     """Steps of stage 4, each followed by replay."""
     batch: int = pydantic.Field(default=64, ge=8)
     """Images of one task in one step."""
@@ -128,7 +128,7 @@ class TGR(Settings):
     1706.04983). For relational losses only; others train all blocks to the end."""
     average: float = pydantic.Field(default=0.98, ge=0, lt=1)
     """Decay of the running mean of the weights that is kept; 0 keeps the last weights."""
-    check_every: int = pydantic.Field(default=20, ge=1)
+    check_every: int = pydantic.Field(default=30, ge=1)
     """Steps between checkpoints, each a candidate on validation classes."""
 
     def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> MetaModel:
