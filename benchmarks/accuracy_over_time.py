@@ -223,12 +223,14 @@ def figure(result: dict[str, Any]) -> str:
             obstacles += along(places)
             labels.append(Label(f"metapool, {shot}-shot", *places[-1], colours[shot], bold=True))
             if shot == shots[-1]:
+                # The first and the last say what the numbers are, which takes room on their outer sides.
+                sides = {points[-1]["steps"]: "left", points[0]["steps"]: "right"}
                 for point, (x, y) in zip(points, places):
                     steps = point["steps"]
                     text = f"{steps} steps" if point in (points[0], points[-1]) else str(steps)
                     axes.annotate(
                         text, (point["seconds"], point["shots"][shot]["mean"]), (0, 9), textcoords="offset points",
-                        fontsize=9.5, color=INK, ha="right" if point is points[0] else "center",
+                        fontsize=9.5, color=INK, ha=sides.get(point["steps"], "center"),
                     )  # fmt: skip
                     obstacles.append((x - 26, y + 6, x + 26, y + 22))
         for reference in result["references"]:
