@@ -430,7 +430,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=int, nargs="+", default=[10, 30, 100, 300], help="sizes of the pool")
     parser.add_argument("--recovery-steps", type=int, default=6, help="of each model; 60 in the main recipe")
-    parser.add_argument("--steps", type=int, default=10, help="of meta-training; 180 in the main recipe")
+    parser.add_argument("--steps", type=int, default=10, help="of meta-training; 240 in the main recipe")
     parser.add_argument("--jobs", type=int, default=cores(), help="worker processes")
     parser.add_argument("--seed", type=int, default=0, help="of training and of the copies' noise")
     parser.add_argument("--small", action="store_true", help="tiny settings, to see that it works; needs --out")

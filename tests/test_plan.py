@@ -2,8 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ import toys
 import yaml
 from safetensors.torch import load_file
 
-from metapool.base.store import Store
-from metapool.interface import run as running
 from metapool.interface.cli import main
 from metapool.interface.plan import Plan, plan, plan_summary
 from metapool.interface.plan.timing import seconds_at
@@ -40,21 +36,10 @@ COMPARE = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "Store", partial(Store, threads=1))
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``pool``, and ``images/{val,test}/<class>/*.png`` of classes that the pool does not know."""
-    root = tmp_path_factory.mktemp("world")
-    toys.striped_pool(root / "pool", toys.TRAINING.model_copy(update={"epochs": 1}))
-    toys.write_images(root / "images" / "test", toys.stripes(toys.NEW_KINDS, 8, seed=5))
-    toys.write_images(root / "images" / "val", toys.stripes(toys.POOL_KINDS[:3], 6, seed=6))
-    return root
+    return toys.world(tmp_path_factory.mktemp("world"), epochs=1, per_class=8)
 
 
 def tiny(world: Path, home: Path, **changes: Any) -> Recipe:

@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +37,10 @@ COMPARE = ("untrained", "best-single", "ensemble-2", "input-control", "brief-ani
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Any:
-    """Two threads a run are two threads that wait for one another when tests run side by side."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "Store", partial(Store, threads=1))
-        yield
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``pool``, and ``images/{val,test}/<class>/*.png`` of classes that the pool does not know."""
-    root = tmp_path_factory.mktemp("world")
-    toys.striped_pool(root / "pool", toys.TRAINING.model_copy(update={"epochs": 6}))
-    toys.write_images(root / "images" / "test", toys.stripes(toys.NEW_KINDS, 12, seed=5))
-    toys.write_images(root / "images" / "val", toys.stripes(toys.POOL_KINDS[:3], 6, seed=6))
-    return root
+    return toys.world(tmp_path_factory.mktemp("world"), epochs=6, per_class=12)
 
 
 def tiny(world: Path, home: Path, **changes: Any) -> Recipe:
@@ -414,6 +401,15 @@ def test_the_number_of_workers_changes_no_bit(home: Path, world: Path, tmp_path:
     assert places[0].read_bytes() == places[1].read_bytes()
     scores = [read(root / "runs" / "tiny" / "scores.json")["methods"]["tgr"]["shots"] for root in (home, tmp_path)]
     assert scores[0] == scores[1]
+
+
+def test_workers_are_not_asked_for_what_is_known(copied: Path, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What only finished models were made of may be gone."""
+    shutil.rmtree(copied / "store" / "view")
+    before = made(copied)
+    monkeypatch.setattr(TGR, "prepare", None)
+    run(tiny(world, copied, jobs=2))
+    assert made(copied) == before
 
 
 def test_an_error_in_a_worker_is_the_user_s_one_line(

@@ -85,3 +85,20 @@ def saved_model(folder: Path, learner: AnyLearner | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     MetaModel(network, spec, learner or ProtoNet(normalise=True), input).save(folder)
     return folder
+
+
+def world(root: Path, epochs: int, per_class: int) -> Path:
+    """A pool and images of classes that it does not know.
+
+    Args:
+        root: an empty folder; gets ``pool`` and ``images/{val,test}/<class>/*.png``.
+        epochs: of the pool's models.
+        per_class: test images of a class.
+
+    Returns:
+        The folder.
+    """
+    striped_pool(root / "pool", TRAINING.model_copy(update={"epochs": epochs}))
+    write_images(root / "images" / "test", stripes(NEW_KINDS, per_class, seed=5))
+    write_images(root / "images" / "val", stripes(POOL_KINDS[:3], 6, seed=6))
+    return root

@@ -79,8 +79,7 @@ class Student:
         Returns:
             float [N, width, H', W'], channels last: bfloat16 where the processor multiplies it natively.
         """
-        statistics = running_statistics(self.network, params, self.calibration)
-        self.network.load_state_dict({**params, **statistics})
+        self._calibrate(params)
         first = self.network.encoder[:blocks]
 
         def look(part: Tensor) -> Tensor:
@@ -100,12 +99,16 @@ class Student:
         Returns:
             The model; it shares the student's network, so the next call changes it.
         """
-        self.network.load_state_dict({**params, **running_statistics(self.network, params, self.calibration)})
+        self._calibrate(params)
         model = MetaModel(self.network, self.spec, self.learner, self.input, history)
         if self.whiten:
             features = in_chunks(self.network.features, self.calibration)
             model.projection = whitening(features, self.whiten)
         return model
+
+    def _calibrate(self, params: Params) -> None:
+        """Loads parameters into the network, with the batch-norm statistics that belong to them."""
+        self.network.load_state_dict({**params, **running_statistics(self.network, params, self.calibration)})
 
     def accuracy(self, params: Params, validation: LabelledImages | None, episodes: int = 200) -> float | None:
         """1-shot accuracy on validation classes.

@@ -112,20 +112,10 @@ class _Minimising(Settings):
         }
         return RecoveredTask(images, labels, logits, model.classes, record)
 
-    def start(
+    def _start(
         self, model: PretrainedModel, count: int, generator: torch.Generator, common: Mapping[str, Tensor] | None
     ) -> tuple["ImagesOf", list[Tensor]]:
-        """Where the descent begins.
-
-        Args:
-            model: any frozen classifier.
-            count: N.
-            generator: source of initial values.
-            common: weights to start from, where there are any.
-
-        Returns:
-            The images [N, C, H, W] as a function, and the unknowns that they hang on.
-        """
+        """Where the descent begins: ``count`` images [N, C, H, W] as a function, and the unknowns that they hang on."""
         raise NotImplementedError
 
 
@@ -146,20 +136,10 @@ class GeneratorRecovery(_Minimising):
     """Steps that a common generator takes first, on the pool's first model; the generator of every model of that input
     size then starts from it, and needs half the steps (docs/lab-notes.md). 0: all start from random weights."""
 
-    def start(
+    def _start(
         self, model: PretrainedModel, count: int, generator: torch.Generator, common: Mapping[str, Tensor] | None
     ) -> tuple["ImagesOf", list[Tensor]]:
-        """A generator and fresh codes.
-
-        Args:
-            model: any frozen classifier.
-            count: N.
-            generator: source of initial values.
-            common: the generator's weights; fresh ones when there are none, or not of this size.
-
-        Returns:
-            The images [N, C, H, W] as a function, and the unknowns that they hang on.
-        """
+        """A generator, its weights the common ones where they are of its size, and fresh codes."""
         painter = Generator(self.code, self.width, model.input).initialise(generator)
         state = painter.state_dict()
         if common is not None and all(common[name].shape == value.shape for name, value in state.items()):
@@ -187,20 +167,10 @@ class PixelRecovery(_Minimising):
     weights: LossWeights = LossWeights(total_variation=0.1)
     """Of the loss."""
 
-    def start(
+    def _start(
         self, model: PretrainedModel, count: int, generator: torch.Generator, common: Mapping[str, Tensor] | None
     ) -> tuple["ImagesOf", list[Tensor]]:
-        """Random pixels.
-
-        Args:
-            model: any frozen classifier.
-            count: N.
-            generator: source of initial values.
-            common: not used.
-
-        Returns:
-            The images [N, C, H, W] as a function, and the unknowns that they hang on.
-        """
+        """Random pixels."""
         pixels = torch.randn(count, *model.input.shape, generator=generator).requires_grad_()
         return ImagesOf(pixels.sigmoid), [pixels]
 
@@ -232,7 +202,7 @@ class Inversion:
     ) -> None:
         self.labels = torch.arange(len(model.classes)).repeat_interleave(settings.per_class)
         self.model, self.pixels, self.weights, self.generator = model, settings.shift, settings.weights, generator
-        self.images_of, self.unknowns = settings.start(model, len(self.labels), generator, common)
+        self.images_of, self.unknowns = settings._start(model, len(self.labels), generator, common)
         if self.weights.batch_norm and not batch_norms(model.network):
             warnings.warn(
                 f"model {model.id!r} has no batch norm: recovered with image priors only, expect poorer images",

@@ -158,15 +158,15 @@ def _side_by_side(job: Job, seed: int) -> None:
     Small networks make little use of a second thread, and methods need nothing of one another. What opens the pool
     has workers of its own and is shared by methods: it comes first.
     """
-    todo: list[AnyMethod | Path] = [*job.methods.values(), *job.references.values()]
+    todo = [one for one in (*job.methods.values(), *job.references.values()) if not _known(job, one, seed)]
     workers = min(job.store.jobs, len(todo))
-    if workers == 1:
+    if workers < 2:
         return
-    for method in job.methods.values():
-        if isinstance(method, TGR):
-            method.prepare(job.pool, job.store, seed)
-        else:
-            recover_pool(job.pool, method.recovery, job.store)
+    for one in todo:
+        if isinstance(one, TGR):
+            one.prepare(job.pool, job.store, seed)
+        elif not isinstance(one, Path):
+            recover_pool(job.pool, one.recovery, job.store)
     started = time.perf_counter()
     calls = (joblib.delayed(_fit_and_score)(job.alone(), one, seed) for one in todo)
     for done, _ in enumerate(joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(calls)):
@@ -174,7 +174,17 @@ def _side_by_side(job: Job, seed: int) -> None:
     job.store.seconds["methods"] = time.perf_counter() - started
 
 
-def _fit_and_score(job: "Job", one: AnyMethod | Path, seed: int) -> None:
+def _known(job: Job, one: AnyMethod | Path, seed: int) -> bool:
+    """Whether the store has a model and its scores; what they were made of is then not asked for."""
+    fitted = one
+    if not isinstance(one, Path):
+        fitted = job.store.folder(f"fit-{one.name}", fit_key(one, job.pool, seed, job.validation))
+    assert isinstance(fitted, Path)
+    scores = job.store.folder("scores", score_key(fitted, job.images, job.episodes, job.store))
+    return fitted.exists() and scores.exists()
+
+
+def _fit_and_score(job: Job, one: AnyMethod | Path, seed: int) -> None:
     fitted = one if isinstance(one, Path) else _fit(one, job.pool, job.store, seed, job.validation)
     _score(fitted, job.images, job.episodes, job.store)
 
