@@ -24,7 +24,6 @@ the same icons, but with 30 Conv4 models, 2 threads, and their own transductive 
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -44,6 +43,7 @@ from metapool.interface.figures import PALETTE
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks
 from metapool.interface.figures.labels import Box, Label, write_labels
 from metapool.interface.recipe import Recipe, cores, evaluation_images, load_recipe, open_pool
+from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.recover import GeneratorRecovery
 from metapool.views import ViewSettings
@@ -273,19 +273,6 @@ def along(places: list[tuple[float, float]]) -> list[Box]:
             x, y = x0 + (piece + 0.5) / pieces * (x1 - x0), y0 + (piece + 0.5) / pieces * (y1 - y0)
             found.append((x - 4, y - 4, x + 4, y + 4))
     return found
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing.
-
-    Args:
-        path: the file; its folder is made when missing.
-        text: its content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,6 +45,7 @@ from metapool.evaluate import evaluate
 from metapool.interface.figures import PALETTE
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks
 from metapool.interface.recipe import Evaluation, cores, evaluation_images, load_recipe, open_pool, validation_images
+from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool, PretrainedModel
 from metapool.recover import GeneratorRecovery, recover_pool
@@ -382,19 +383,6 @@ def figure(result: dict[str, Any]) -> str:
         text = draw()
     # Inline figures have the page's namespace and ground; alone, one needs its own.
     return text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1) + "\n"
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing.
-
-    Args:
-        path: the file; its folder is made when missing.
-        text: its content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def work_of(options: argparse.Namespace) -> Work:

@@ -34,7 +34,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from growth import replace_text
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,6 +49,7 @@ from metapool.interface.figures import PALETTE
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks
 from metapool.interface.figures.labels import Box, Label, write_labels
 from metapool.interface.recipe import cores, load_recipe, open_pool
+from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.pool import PretrainedModel
 from metapool.recover import GeneratorRecovery, Inversion

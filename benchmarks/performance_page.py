@@ -15,7 +15,8 @@ from typing import Any
 import growth
 import machine
 import recovery
-from growth import replace_text
+
+from metapool.interface.run.files import replace_text
 
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/performance.md")
 JOB_GOAL = 300

@@ -29,7 +29,6 @@ import importlib
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import sys
 import time
@@ -61,6 +60,7 @@ from metapool.interface.figures import Point, pareto_frontier
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks
 from metapool.interface.figures.labels import Box, Label, write_labels
 from metapool.interface.recipe import Recipe, evaluation_images, load_recipe, open_pool, training_images
+from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool, PretrainedModel
 from metapool.realdata import pretrain
@@ -736,19 +736,6 @@ def _draw_panel(axes: Any, points: Sequence[Point], merits: Sequence[float], tit
     write_labels(axes, labels, obstacles)
 
 
-def replace(path: Path, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Args:
-        path: the file.
-        text: its content.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measures all variants; writes one JSON file after each, and a figure at the end.
 
@@ -780,7 +767,7 @@ def main(arguments: list[str] | None = None) -> None:
     out = options.out or (store_folder / "recovery.json" if options.small else Path("benchmarks/results/recovery.json"))
     picture = options.figure or (store_folder / "recovery.svg" if options.small else Path("docs/recovery.svg"))
     if options.figure_only:
-        replace(picture, figure(json.loads(out.read_text())))
+        replace_text(picture, figure(json.loads(out.read_text())))
         return
     sizes = SMALL if options.small else Sizes(models=options.models, steps=options.steps)
     names = list(VARIANTS) if "all" in options.variants else [name for name in VARIANTS if name in options.variants]
@@ -816,9 +803,9 @@ def main(arguments: list[str] | None = None) -> None:
             row["shots"][str(shot)]["difference_to_paper"] = gap
         result["rows"][name] = row
         result["speed"] = with_quality(speed, result["rows"])
-        replace(out, json.dumps(rounded(result), indent=1) + "\n")
+        replace_text(out, json.dumps(rounded(result), indent=1) + "\n")
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-    replace(picture, figure(rounded(result)))
+    replace_text(picture, figure(rounded(result)))
     print(table(rounded(result)))
 
 

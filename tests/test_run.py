@@ -21,7 +21,6 @@ from metapool.base.errors import MetapoolError
 from metapool.base.store import Store
 from metapool.episodes import sample_episodes
 from metapool.evaluate import Scores, evaluate, paired_difference
-from metapool.interface import run as running
 from metapool.interface.cli import main
 from metapool.interface.recipe import Evaluation, Recipe, evaluation_images, load_recipe, open_pool, recipe_text
 from metapool.interface.run import pool_summary, run, run_summary

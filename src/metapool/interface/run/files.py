@@ -192,12 +192,13 @@ def replace_folder(source: Path, target: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file at once.
+    """Writes a file at once, its folder too when there is none.
 
     Args:
         path: of the file.
         text: its content.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
