@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 
-from metapool.bank import RecoveredTask, TaskBank, fit_bytes
+from metapool.bank import Memory, RecoveredTask, TaskBank, fit_bytes
 from metapool.base.images import to_float
 
 
@@ -83,3 +83,22 @@ def test_digest_is_that_of_the_folders_names_and_order(bank: TaskBank) -> None:
     turned = TaskBank(dict(reversed(bank.folders.items())))
     other = TaskBank({**bank.folders, "one": Path("another")})
     assert len({bank.digest(), turned.digest(), other.digest()}) == 3
+
+
+def test_a_memory_keeps_the_latest_images_of_every_name() -> None:
+    memory = Memory(3)
+    one, two = task((1, 4, 4), ("cat", "dog"), seed=1), task((1, 4, 4), ("dog", "hen"), seed=2)
+    memory.add(one.images, one.labels, one.classes)
+    memory.add(two.images, two.labels, two.classes)
+    kept = memory.labelled()
+    assert kept.classes == ("cat", "dog", "hen")
+    assert kept.labels.tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert len(memory) == 7
+    expected = torch.cat([one.images[:2], one.images[3:], two.images[:2], two.images[2:]])
+    torch.testing.assert_close(kept.images, expected, rtol=0, atol=0)
+    again = Memory(3)
+    again.load_state_dict(memory.state_dict())
+    assert again.labelled().digest() == kept.digest()
+    again.add(one.images, one.labels, one.classes)
+    assert again.labelled().digest() != kept.digest()
+    assert memory.labelled().digest() == kept.digest(), "a state is not shared"

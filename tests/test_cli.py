@@ -45,7 +45,7 @@ def test_help_tells_a_newcomer_where_to_start(arguments: list[str], capsys: Outp
     assert ended(arguments) == 0
     out = capsys.readouterr().out
     assert "Start with `metapool run`" in " ".join(out.split())
-    for command in ("run", "plan", "evaluate", "predict", "pool", "oracle"):
+    for command in ("run", "plan", "compare", "methods", "evaluate", "predict", "pool", "oracle"):
         assert re.search(rf"• {command}\s+\w", out), command
 
 
@@ -59,6 +59,8 @@ HELP = {
         "--method.recovery.steps",
     ],
     "plan": ["recipe.yaml", "--json", "--seed", "--method.task-loss", "--method.recovery.steps"],
+    "compare": ["recipe.yaml", "--methods", "--seeds", "--json", "--evaluation.shots"],
+    "methods": ["--json"],
     "evaluate": ["--model", "--data", "--root", "--way", "--shot", "--query", "--episodes", "--seed", "--json"],
     "predict": ["--model", "--support", "--query", "--json"],
     "pool": ["build", "show"],

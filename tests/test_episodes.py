@@ -1,11 +1,12 @@
 """Episodes: which images, drawn how."""
 
+import cases
 import pytest
 import torch
 
 from metapool.base.errors import MetapoolError
-from metapool.base.images import LabelledImages
-from metapool.episodes import Episodes, draw_classes, sample_episodes
+from metapool.base.images import LabelledImages, to_float
+from metapool.episodes import Episodes, draw_classes, draw_episodes, sample_episodes
 
 
 def images_with(counts: list[int]) -> LabelledImages:
@@ -119,3 +120,21 @@ def test_a_training_draw_takes_what_there_is() -> None:
         assert (labels[part] == label).all()
         counts = torch.bincount(part)[labels[: part.max() + 1] == label]
         assert counts.max() - counts.min() <= 1, "every image once before any a second time"
+
+
+def test_training_episodes_are_class_major_and_normalised() -> None:
+    images = cases.toy_images(classes=4, per_class=6, shape=(1, 16, 16), seed=0)
+    input = cases.input_spec((1, 16, 16))
+    seen, labels = draw_episodes(images, input, 3, 4, 5, torch.Generator().manual_seed(0))
+    assert tuple(seen.shape) == (5, 12, 1, 16, 16)
+    assert labels.tolist() == [[0] * 4 + [1] * 4 + [2] * 4] * 5
+    known = input.prepare(to_float(images.images)).flatten(1)
+    for episode in seen.flatten(2):
+        rows = [torch.where((known == image).all(1))[0][0] for image in episode]
+        owners = images.labels[torch.stack(rows)].view(3, 4)
+        assert (owners == owners[:, :1]).all(), "a class of an episode is one class"
+        assert len(owners[:, 0].unique()) == 3
+    again = draw_episodes(images, input, 3, 4, 5, torch.Generator().manual_seed(0))[0]
+    torch.testing.assert_close(again, seen, rtol=0, atol=0)
+    assert not torch.equal(draw_episodes(images, input, 3, 4, 5, torch.Generator().manual_seed(1))[0], seen)
+    assert draw_episodes(images, input, 9, 4, 1, torch.Generator())[1].max() == 3, "all classes when there are fewer"

@@ -17,7 +17,7 @@ from metapool.base.images import LabelledImages, to_float
 from metapool.base.networks import Network, build
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
-from metapool.learners import ANIL, MAML, ProtoNet, centroid_logits
+from metapool.learners import ANIL, MAML, ProtoNet, centroid_logits, episode_loss
 from metapool.meta_model import MetaModel
 
 AnyLearner = MAML | ANIL | ProtoNet
@@ -302,3 +302,15 @@ def test_a_broken_folder_is_one_error(name: str, tmp_path: Path) -> None:
 def test_no_folder_at_all(tmp_path: Path) -> None:
     with pytest.raises(MetapoolError, match="nowhere is no saved model"):
         MetaModel.load(tmp_path / "nowhere")
+
+
+def test_the_loss_of_an_episode_is_that_of_its_queries() -> None:
+    network, input = network_of(3), cases.input_spec(SHAPE)
+    images = input.prepare(cases.smooth_images(12, SHAPE))
+    labels = torch.arange(3).repeat_interleave(4)
+    learner, params = ProtoNet(normalise=True), dict(network.named_parameters())
+    support, query = [0, 4, 8], [1, 2, 3, 5, 6, 7, 9, 10, 11]
+    logits = learner.query_logits(network, params, images[support], labels[support], images[query])
+    found = episode_loss(learner, network, params, images, labels, 1)
+    torch.testing.assert_close(found, F.cross_entropy(logits, labels[query]))
+    assert (episode_loss(learner, network, params, images, labels, 2) - found).abs() > 1e-4

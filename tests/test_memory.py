@@ -133,7 +133,7 @@ def train(folder: Path, method: TGR, looks: tuple[int, ...], leak: bool = False)
         tgr.implicit_step = leaking_step()
     method.fit(untrained_pool(folder / "pool", 3), Store(folder / "store", threads=1, progress=look), seed=0)
     (checkpoint,) = (folder / "store" / "checkpoints").glob("meta-train-*.pt")
-    return seen, torch.load(checkpoint, weights_only=True)["state"]["records"]
+    return seen, torch.load(checkpoint, weights_only=True)["state"]["training"]["records"]
 
 
 def leaking_step() -> Callable[..., tuple[Params, GradientStats]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from metapool.base.errors import MetapoolError
 from metapool.base.images import LabelledImages, to_float
 from metapool.base.store import Store
+from metapool.embed import ProbeSettings
 from metapool.ensemble import Ensemble
 from metapool.episodes import Episodes, sample_episodes
 from metapool.evaluate import evaluate, paired_difference
@@ -236,15 +237,16 @@ def new_classes() -> tuple[LabelledImages, Episodes]:
     return images, sample_episodes(images, 4, 5, 5, 60, seed=0)
 
 
+PAPERS = {**toys.SMALL_TGR, "recovery": toys.RECOVERY, "task_loss": "classify", "replay": "episodes", "steps": 10}
+ADAPTING = {"inner_steps": 2, "test_steps": 10, "inner_rate": 0.5}
 SOLVED = everything(toys.RECOVERY, **toys.SMALL_TGR) | {
-    "tgr-maml": TGR(**toys.SMALL_TGR, recovery=toys.RECOVERY).model_copy(
-        update={
-            "task_loss": "classify",
-            "learner": MAML(inner_steps=2, test_steps=10, inner_rate=0.5, first_order=True),
-            "replay": "episodes",
-            "steps": 10,
-        }
-    )
+    "tgr-maml": TGR(**PAPERS, learner=MAML(**ADAPTING, first_order=True)),
+    "tgr-anil": TGR(**PAPERS, learner=ANIL(**ADAPTING)),
+    "tgr-released": TGR(
+        **{**PAPERS, "probe": ProbeSettings(width=4, steps=5, batch=16, per_sample=False)},
+        variant="released",
+        learner=MAML(**ADAPTING, transductive=True),
+    ),
 }
 
 

@@ -125,7 +125,7 @@ def test_scores_have_the_shape_that_others_read(home: Path, world: Path) -> None
     assert (scores["episodes"]["way"], scores["episodes"]["query"], scores["episodes"]["n"]) == (3, 4, 20)
     assert list(scores["methods"]) == ["tgr", *COMPARE]
     for row in scores["methods"].values():
-        assert set(row) == {"data_free", "parameters", "models_at_inference", "ms_per_image", "shots"}
+        assert set(row) == {"data_free", "parameters", "models_at_inference", "ms_per_image", "transductive", "shots"}
         assert row["data_free"] is True
         assert type(row["parameters"]) is int
         assert type(row["models_at_inference"]) is int

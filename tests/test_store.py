@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metapool.base.store import Settings, Store, digest_of, digest_of_file, generator_for, seed_for
+from metapool.base.store import Settings, States, Store, digest_of, digest_of_file, generator_for, seed_for
 
 # Settings, digests, seeds ---------------------------------------------------------------------------------------------
 
@@ -372,3 +373,51 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         for how in ("keep", "leave")
     ]
     assert faults[0] < 0.1 * faults[1]
+
+
+# What an artifact was made from ---------------------------------------------------------------------------------------
+
+
+def nested(store: Store, seconds: float = 0.05) -> Path:
+    """An artifact that asks for two units and for another artifact, which asks for one of the units again."""
+
+    def sleep(name: str, folder: Path) -> None:
+        time.sleep(seconds)
+
+    def inner(folder: Path) -> None:
+        store.units("unit", {"a": {"n": 0}}, sleep)
+        time.sleep(seconds)
+
+    def outer(folder: Path) -> None:
+        store.units("unit", {"a": {"n": 0}, "b": {"n": 1}}, sleep)
+        store.artifact("inner", {}, inner)
+        time.sleep(seconds)
+
+    return store.artifact("outer", {}, outer)
+
+
+def test_ancestry_has_every_part_once_with_its_own_seconds(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = nested(store)
+    found = store.ancestry(folder)
+    assert sorted(name.split("/")[0] for name in found) == ["inner", "outer", "unit", "unit"]
+    assert all(0.05 <= made["seconds"] < 0.1 for made in found.values()), "each slept once"
+    # Asked of another store object, and when nothing is made any more, it is the same.
+    assert nested(Store(tmp_path)) == folder
+    assert Store(tmp_path).ancestry(folder) == found
+    alone = store.artifact("alone", {}, lambda _: None)
+    assert list(store.ancestry(alone)) == [f"alone/{alone.name}"]
+    shutil.rmtree(tmp_path / "unit")
+    assert Store(tmp_path).ancestry(folder) == found, "what is gone is still known"
+
+
+def test_several_states_are_carried_as_one() -> None:
+    first, second = torch.nn.Linear(2, 1), torch.nn.Linear(3, 1)
+    both = States(first=first, second=second)
+    saved = {name: {k: v.clone() for k, v in part.items()} for name, part in both.state_dict().items()}
+    kept = second.weight.detach().clone()
+    torch.nn.init.zeros_(second.weight)
+    both.load_state_dict(saved)
+    torch.testing.assert_close(second.weight.detach(), kept, rtol=0, atol=0)
+    with pytest.raises(KeyError):
+        both.load_state_dict({"first": saved["first"]})

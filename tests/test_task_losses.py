@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metapool.task_losses import classify_loss, relational_loss
+from metapool.task_losses import classify_loss, relational_loss, released_classify_loss
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -94,3 +94,18 @@ def test_gradients_are_those_of_finite_differences() -> None:
     logits, teacher, labels = seeded(4, 3).requires_grad_(), seeded(4, 3, seed=1), torch.tensor([0, 1, 2, 0])
     assert torch.autograd.gradcheck(lambda value: relational_loss(value, cosines, 0.3), (features,))
     assert torch.autograd.gradcheck(lambda value: classify_loss(value, labels, teacher), (logits,))
+
+
+def test_the_released_divergence_is_linear_in_the_student_and_pulls_far_less() -> None:
+    logits, labels, teacher = seeded(6, 4).requires_grad_(), torch.arange(6) % 4, 3 * seeded(6, 4, seed=1)
+    taught, found = teacher.softmax(1), logits.softmax(1)
+    total = sum(
+        float(p * (math.log(p) - q)) for rows in zip(taught, found) for p, q in zip(*(row.tolist() for row in rows))
+    )
+    expected = F.cross_entropy(logits, labels) + total / 24
+    torch.testing.assert_close(released_classify_loss(logits, labels, teacher), expected)
+    pulls = [
+        torch.autograd.grad(loss(logits, labels, teacher) - F.cross_entropy(logits, labels), logits)[0].norm()
+        for loss in (released_classify_loss, classify_loss)
+    ]
+    assert pulls[0] < 0.15 * pulls[1]

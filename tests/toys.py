@@ -1,31 +1,22 @@
 """A solvable world in small: images of stripes, a pool trained on some kinds of them, settings of seconds."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from metapool.base.images import InputSpec, LabelledImages, to_bytes
+from metapool.base.images import InputSpec, LabelledImages
 from metapool.base.networks import NetworkSpec, build
-from metapool.base.store import Store
+from metapool.check import KINDS, NEW_KINDS, POOL_KINDS, SIDE, TRAINING, striped_pool, stripes
 from metapool.embed import ProbeSettings
 from metapool.learners import AnyLearner, ProtoNet
 from metapool.meta_model import MetaModel
-from metapool.pool import ModelPool
-from metapool.realdata.pretrain import PoolSettings, build_pool
 from metapool.recover import GeneratorRecovery
 from metapool.views import ViewSettings
 
-SIDE = 16
-KINDS = tuple((degrees, pixels) for pixels in (4, 8) for degrees in range(0, 180, 30))
-"""Twelve classes: six directions of fine and of coarse stripes."""
-POOL_KINDS = (0, 1, 2, 4, 5, 7, 9, 10)
-NEW_KINDS = (3, 6, 8, 11)
+__all__ = ["KINDS", "NEW_KINDS", "POOL_KINDS", "SIDE", "TRAINING", "striped_pool", "stripes"]
 
-TRAINING = PoolSettings(models=3, way=3, architectures=("conv4:8",), epochs=12, batch=16, shift=1)
 RECOVERY = GeneratorRecovery(per_class=12, steps=30, code=16, width=8, shift=1, learning_rate=0.02)
 HASTY = GeneratorRecovery(per_class=6, steps=2, code=8, width=4, shift=1)
 """Enough to make a bank of, not to recover anything."""
@@ -46,22 +37,6 @@ SMALL_TGR: dict[str, Any] = {
 }
 
 
-def stripes(kinds: Sequence[int], per_class: int, seed: int = 0) -> LabelledImages:
-    """Grey images whose phase and noise are random, so that no pixel tells the class."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, columns = torch.meshgrid(torch.arange(SIDE), torch.arange(SIDE), indexing="ij")
-    images = []
-    for kind in kinds:
-        degrees, pixels = KINDS[kind]
-        across = rows * math.cos(math.radians(degrees)) + columns * math.sin(math.radians(degrees))
-        phase = torch.rand(per_class, 1, 1, 1, generator=generator)
-        noise = 0.1 * torch.randn(per_class, 1, SIDE, SIDE, generator=generator)
-        images.append(0.5 + 0.4 * torch.sin(2 * math.pi * (across / pixels + phase)) + noise)
-    labels = torch.arange(len(kinds)).repeat_interleave(per_class)
-    names = tuple("{}-degrees-{}-pixels".format(*KINDS[kind]) for kind in kinds)
-    return LabelledImages(to_bytes(torch.cat(images)), labels, names)
-
-
 def write_images(folder: Path, data: LabelledImages) -> Path:
     """``<class>/<number>.png``, as a user has them."""
     for number, (image, label) in enumerate(zip(data.images, data.labels.tolist())):
@@ -69,12 +44,6 @@ def write_images(folder: Path, data: LabelledImages) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.squeeze(0).numpy()).save(place / f"{number:03d}.png")
     return folder
-
-
-def striped_pool(folder: Path, training: PoolSettings = TRAINING) -> ModelPool:
-    """Three small models, each of three kinds of stripes."""
-    store = Store(folder.parent / f"{folder.name}-store", threads=1)
-    return build_pool(stripes(POOL_KINDS, 25), training, store, folder, name="stripes", seed=0, licence="CC0-1.0")
 
 
 def saved_model(folder: Path, learner: AnyLearner | None = None) -> Path:

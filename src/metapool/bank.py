@@ -1,7 +1,7 @@
 """Recovered tasks on disk: one safetensors file per model, uint8 images, labels and the teacher's logits."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -107,6 +107,60 @@ class TaskBank(Mapping[str, RecoveredTask]):
             images.append(fit_bytes(task.images, input))
             labels.append(numbers[task.labels])
         return LabelledImages(torch.cat(images), torch.cat(labels), tuple(index))
+
+
+class Memory:
+    """Recovered images that come in while a method trains: of every class name the latest ones.
+
+    Args:
+        per_class: images that are kept of a class; an older one makes room for a new one.
+    """
+
+    def __init__(self, per_class: int) -> None:
+        self.per_class = per_class
+        self._images: dict[str, Tensor] = {}
+
+    def add(self, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+        """Takes images in.
+
+        Args:
+            images: uint8 [N, C, H, W], all of one size, whenever they come.
+            labels: int64 [N] in [0, K).
+            classes: K names; classes of one name are one class.
+        """
+        for label, name in enumerate(classes):
+            new = images[labels == label]
+            known = self._images.get(name, new[:0])
+            self._images[name] = torch.cat([known, new])[-self.per_class :]
+
+    def labelled(self) -> LabelledImages:
+        """All that is kept.
+
+        Returns:
+            Images class by class, classes in the order of their first coming.
+        """
+        counts = torch.tensor([len(images) for images in self._images.values()])
+        labels = torch.arange(len(counts)).repeat_interleave(counts)
+        return LabelledImages(torch.cat(list(self._images.values())), labels, tuple(self._images))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._images.values()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The images by class name.
+
+        Returns:
+            uint8 tensors.
+        """
+        return dict(self._images)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Puts back what :meth:`state_dict` gave.
+
+        Args:
+            state: images by class name.
+        """
+        self._images = dict(state)
 
 
 def fit_bytes(images: Tensor, input: InputSpec) -> Tensor:

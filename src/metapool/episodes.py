@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metapool.base.errors import MetapoolError
-from metapool.base.images import LabelledImages, digest_of_tensor
+from metapool.base.images import InputSpec, LabelledImages, digest_of_tensor, to_float
 from metapool.base.store import digest_of, seed_for
 
 
@@ -113,3 +113,25 @@ def draw_classes(
         order = torch.randperm(len(members), generator=generator)
         rows.append(members[order.repeat(-(-per_class // len(members)))[:per_class]])
     return torch.cat(rows), chosen
+
+
+def draw_episodes(
+    images: LabelledImages, input: InputSpec, way: int, per_class: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Training episodes, classes drawn from all there are.
+
+    Args:
+        images: whose classes may come from different models.
+        input: of the network that is to see them.
+        way: classes of an episode, all when there are fewer.
+        per_class: support and query images of a class.
+        count: E.
+        generator: of the draw.
+
+    Returns:
+        Normalised images float [E, way * per_class, C, H, W], class-major, and labels int64 [E, way * per_class].
+    """
+    way = min(way, len(images.classes))
+    labels = torch.arange(way).repeat_interleave(per_class)
+    drawn = [draw_classes(images.labels, len(images.classes), way, per_class, generator)[0] for _ in range(count)]
+    return torch.stack([input.prepare(to_float(images.images[rows])) for rows in drawn]), labels.expand(count, -1)

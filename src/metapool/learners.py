@@ -143,6 +143,9 @@ class _GradientLearner(Settings):
     """Learning rate of the steps."""
     first_order: bool = False
     """Leave second derivatives out (FOMAML)."""
+    transductive: bool = False
+    """Normalise the queries of an episode by their own statistics, as published code does: an answer then depends on
+    the other queries. For comparison only; every table marks it."""
 
     def _adapts(self, name: str) -> bool:
         raise NotImplementedError
@@ -215,6 +218,8 @@ class _GradientLearner(Settings):
                 moved = {name: value.detach().requires_grad_() for name, value in moved.items()}
             params = {**params, **moved}
         with torch.set_grad_enabled(differentiable):
+            if self.transductive:
+                return widen(call(network, params, query))
             return widen(call(network, params, torch.cat([support, query]), first=len(support))[len(support) :])
 
 
@@ -239,6 +244,27 @@ class ANIL(_GradientLearner):
 
 
 AnyLearner = Annotated[MAML | ANIL | ProtoNet, pydantic.Field(discriminator="name")]
+
+
+def episode_loss(
+    learner: AnyLearner, network: Network, params: Params, images: Tensor, labels: Tensor, shot: int
+) -> Tensor:
+    """Query loss of one training episode.
+
+    Args:
+        learner: how the network answers.
+        network: encoder and head.
+        params: its parameters.
+        images: float [N, C, H, W], normalised; class-major, as many of each class.
+        labels: int64 [N] in [0, K).
+        shot: the first so many images of a class are its support.
+
+    Returns:
+        A scalar: mean cross-entropy of the queries.
+    """
+    in_support = torch.arange(len(images)) % (len(images) // (int(labels[-1]) + 1)) < shot
+    logits = learner.query_logits(network, params, images[in_support], labels[in_support], images[~in_support])
+    return F.cross_entropy(logits, labels[~in_support])
 
 
 def _head_of(params: Params, classes: int) -> Params:

@@ -103,6 +103,11 @@ class MetaModel(nn.Module):
         return sum(kept) + projection
 
     @property
+    def transductive(self) -> bool:
+        """Whether an answer depends on the other queries."""
+        return not isinstance(self.learner, ProtoNet) and self.learner.transductive
+
+    @property
     def models_at_inference(self) -> int:
         """One."""
         return 1

@@ -21,6 +21,8 @@ from metapool.base.networks import NetworkSpec, build
 from metapool.base.store import Settings, digest_of, digest_of_file
 
 MAX_TENSORS = 20_000
+Access = Literal["weights", "weights of one architecture", "answers", "nothing"]
+"""What a method must have of the pool's models: all of it, no more than what a service answers, or less."""
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 

@@ -1,21 +1,47 @@
-"""The network that meta-training shapes: a Conv4 with a learner, calibrated on what it was trained on."""
+"""The network that meta-training shapes, a Conv4 with a learner, calibrated on what it was trained on; and its loop."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor
 
 from metapool.base.functional import Params, half_precision, in_chunks, params_of, running_statistics, whitening
 from metapool.base.images import InputSpec, LabelledImages, to_float
 from metapool.base.networks import NetworkSpec, build
-from metapool.base.store import generator_for
+from metapool.base.store import Key, Settings, State, States, Store, generator_for
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
 from metapool.learners import AnyLearner, ProtoNet
 from metapool.meta_model import MetaModel
+from metapool.training import Training
 
 CALIBRATION_IMAGES = 1024
+
+
+class MetaTraining(Settings):
+    """What the methods that train a network share: its size, how it answers, how long it learns."""
+
+    learner: AnyLearner = ProtoNet(normalise=True, temperature=0.15)
+    """How the meta-model answers an episode."""
+    width: int = pydantic.Field(default=64, ge=1, le=512)
+    """Of the meta-model, a Conv4."""
+    way: int = pydantic.Field(default=5, ge=2)
+    """Classes of a training episode, and outputs of the head."""
+    shot: int = pydantic.Field(default=1, ge=1)
+    """Support images of a class in a training episode."""
+    query: int = pydantic.Field(default=5, ge=1)
+    """Query images of a class in a training episode."""
+    steps: int = pydantic.Field(default=240, ge=1)
+    """Steps of the method."""
+    learning_rate: float = pydantic.Field(default=5e-3, gt=0)
+    """Of Adam; it falls to a hundredth along half a cosine."""
+    average: float = pydantic.Field(default=0.98, ge=0, lt=1)
+    """Decay of the running mean of the weights that is kept; 0 keeps the last weights."""
+    check_every: int = pydantic.Field(default=30, ge=1)
+    """Steps between checkpoints, each a candidate on validation classes."""
 
 
 class Student:
@@ -57,8 +83,16 @@ class Student:
         # Convolutions of a CPU are 1.6 times faster in this order, and parameters keep it.
         self.network = network.to(memory_format=torch.channels_last)
         self._start = params_of(self.network)  # the network's own change with every model that is made of it
-        drawn = torch.randperm(len(images), generator=generator_for(seed, "student", "calibrate"))
-        self.calibration = input.prepare(to_float(images[drawn[:CALIBRATION_IMAGES]]))
+        self.calibrate_on(images)
+
+    def calibrate_on(self, images: Tensor) -> None:
+        """Takes other images to estimate batch-norm statistics and whitening on, where training makes them as it goes.
+
+        Args:
+            images: uint8 [N, C, H, W], those of training; some of them are used.
+        """
+        drawn = torch.randperm(len(images), generator=generator_for(self.seed, "student", "calibrate"))
+        self.calibration = self.input.prepare(to_float(images[drawn[:CALIBRATION_IMAGES]]))
 
     def initial(self) -> Params:
         """The initial parameters.
@@ -109,6 +143,38 @@ class Student:
     def _calibrate(self, params: Params) -> None:
         """Loads parameters into the network, with the batch-norm statistics that belong to them."""
         self.network.load_state_dict({**params, **running_statistics(self.network, params, self.calibration)})
+
+    def train(
+        self,
+        training: Training,
+        settings: MetaTraining,
+        take: Callable[[int], dict[str, Any]],
+        store: Store,
+        key: Key,
+        validation: LabelledImages | None,
+        folder: Path,
+        **also: State,
+    ) -> None:
+        """The checkpointed loop of a method; its best candidate on validation classes is saved.
+
+        Args:
+            training: the parameters.
+            settings: how many steps, and how often a candidate is looked at.
+            take: one step of the method, by its number; gives the step's record.
+            store: keeps the checkpoints.
+            key: what the checkpoints depend on.
+            validation: images of meta-validation classes; without them the last weights are the best.
+            folder: is filled with the trained model.
+            **also: what else the next step depends on.
+        """
+        state = States(training=training, **also)
+        for step in store.steps("meta-train", key, state, settings.steps, settings.check_every):
+            record = take(step)
+            if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
+                record["validation"] = self.accuracy(training.kept(), validation)
+                training.keep_if_better(record["validation"])
+            training.records.append(record)
+        self.model(training.best_params, training.records).save(folder)
 
     def accuracy(self, params: Params, validation: LabelledImages | None, episodes: int = 200) -> float | None:
         """1-shot accuracy on validation classes.

@@ -33,6 +33,24 @@ def _neighbours(cosines: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(cosines[others].view(count, count - 1) / temperature, 1)
 
 
+def released_classify_loss(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
+    r"""What TGR's released code takes for :func:`classify_loss`: a divergence of probabilities where logarithms belong.
+
+    Cross-entropy plus :math:`\frac{1}{BK} \sum_{b,k} p_{bk} (\log p_{bk} - q_{bk})` with the teacher's probabilities p
+    and the student's q (methods/maml.py, line 85): linear in q, so that its gradient is a few percent of the other's.
+
+    Args:
+        logits: the student's, float [B, K].
+        labels: int64 [B].
+        teacher: the teacher's logits over the same classes, float [B, K].
+
+    Returns:
+        A scalar.
+    """
+    taught = teacher.softmax(1)
+    return F.cross_entropy(logits, labels) + (taught * (taught.log() - logits.softmax(1))).mean()
+
+
 def classify_loss(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
     """Cross-entropy to the recovered label plus KL(teacher ‖ student), per image (TGR, section 3.3).
 

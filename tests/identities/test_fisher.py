@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metapool.base.errors import MetapoolError
 from metapool.base.functional import Params
-from metapool.embed import fisher_diagonal
+from metapool.embed import batch_fisher, fisher_diagonal
 
 EVERY_CASE = pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 SOME_CASES = pytest.mark.parametrize("case", cases.CASES[::3], ids=lambda case: case.name)
@@ -253,3 +253,14 @@ def test_misuse() -> None:
     with pytest.raises(MetapoolError, match=r"absent\.weight"):
         fisher_diagonal(network.eval(), {"absent.weight": torch.zeros(3)}, torch.randn(2, 3))
     assert fisher_diagonal(network.eval(), {}, torch.randn(2, 3)) == {}
+
+
+@SOME_CASES
+def test_the_released_estimate_is_the_mean_of_squared_batch_gradients(case: cases.Case) -> None:
+    network, params = cases.double(case.network())
+    images, labels = prepared(case, 6), torch.arange(6) % case.classes
+    batches = [reference.squared_batch_gradient(network, params, images[b::2], labels[b::2]) for b in range(2)]
+    expected = {name: (batches[0][name] + batches[1][name]) / 2 for name in params}
+    found = batch_fisher(network, params, images, labels, batches=2)
+    assert_same(found, expected)
+    assert_not_same(found, fisher_diagonal(network, params, images))

@@ -14,6 +14,7 @@ from metapool.base.functional import Params, call, params_of
 from metapool.base.networks import build
 from metapool.gradients import (
     Batch,
+    attached_step,
     describe,
     explicit_gradient,
     implicit_step,
@@ -63,21 +64,6 @@ def flat(gradient: Params) -> Tensor:
     return torch.cat([part.detach().flatten() for part in gradient.values()])
 
 
-def kept_graph_step(loss: TaskLoss, params: Params, batches: Batch, alpha: float) -> Params:
-    """The published code's variant: θ_i keeps its graph, and the gradient is taken with respect to θ through it."""
-    tasks = list(zip(*batches, strict=True))
-    leaves = list(params.values())
-    found = [torch.autograd.grad(loss(params, task), leaves, create_graph=True) for task in tasks]
-    means = [torch.stack(parts).mean(0) for parts in zip(*found)]
-    total = torch.zeros((), dtype=torch.float64)
-    for task, gradient in zip(tasks, found):
-        moved = {
-            name: value - alpha * (mean - part) for (name, value), mean, part in zip(params.items(), means, gradient)
-        }
-        total = total + loss(moved, task) / len(tasks)
-    return dict(zip(params, torch.autograd.grad(total, leaves)))
-
-
 @PROBLEMS
 def test_halving_alpha_quarters_the_distance_to_the_explicit_gradient(problem: Callable[[], Problem]) -> None:
     loss, params, batches = problem()
@@ -106,7 +92,7 @@ def test_with_the_graph_kept_the_strength_is_twice_alpha(problem: Callable[[], P
     loss, params, batches = problem()
     errors = {1: [], 2: []}
     for alpha in ALPHAS:
-        kept = flat(kept_graph_step(loss, params, batches, alpha))
+        kept = flat(attached_step(loss, params, batches, alpha)[0])
         for times, found in errors.items():
             found.append((kept - flat(explicit_gradient(loss, params, batches, times * alpha))).norm().item())
     for larger, smaller in pairwise(errors[2]):
@@ -233,3 +219,10 @@ def test_a_parameter_that_a_task_does_not_use_has_gradient_zero() -> None:
     assert step["used"].abs().min() > 1
     explicit = explicit_gradient(loss, params, batches, 0.01)
     torch.testing.assert_close(explicit["unused"], torch.zeros(2, dtype=torch.float64))
+
+
+def test_an_attached_step_sees_what_an_implicit_one_sees() -> None:
+    loss, params, batches = toy()
+    assert attached_step(loss, params, batches, 0.1)[1] == implicit_step(loss, params, batches, 0.1)[1]
+    attached, detached = (flat(step(loss, params, batches, 0.0)[0]) for step in (attached_step, implicit_step))
+    torch.testing.assert_close(attached, detached)

@@ -118,3 +118,13 @@ def test_batch_norm_layers_of_every_architecture_can_be_steered() -> None:
         norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         assert norms
         assert all(isinstance(norm, BatchNorm) for norm in norms)
+
+
+def test_the_released_mode_looks_at_all_queries_and_says_so() -> None:
+    inductive = meta_model(LEARNERS["maml"])
+    model = meta_model(LEARNERS["maml"].model_copy(update={"transductive": True}))
+    assert (model.transductive, inductive.transductive) == (True, False)
+    support, labels, query = episode()
+    logits = model.logits(support, labels, query)
+    torch.testing.assert_close(logits, transductive(model, support, labels, query))
+    assert (model.logits(support, labels, query[:2]) - logits[:2]).abs().max() > 1e-2

@@ -121,6 +121,34 @@ class State(Protocol):
         """Put back what :meth:`state_dict` gave."""
 
 
+class States:
+    """Several states as one, for a loop that carries more than one thing.
+
+    Args:
+        **parts: states by name.
+    """
+
+    def __init__(self, **parts: State) -> None:
+        self.parts = parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step depends on.
+
+        Returns:
+            The state of every part, by name.
+        """
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts back what :meth:`state_dict` gave.
+
+        Args:
+            state: by name.
+        """
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
 def silent(kind: str, done: int, total: int) -> None:
     """Progress that shows nothing.
 
@@ -152,6 +180,7 @@ class Store:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self._inner = 0.0  # seconds of the stages that ran inside the one that runs now
+        self._parts: dict[str, dict[str, Any]] = {}  # what the artifact that is built now is made from
         self.used: dict[str, dict[str, Any]] = {}
 
     def artifact(self, kind: str, key: Key, build: Callable[[Path], None]) -> Path:
@@ -165,8 +194,15 @@ class Store:
         Returns:
             The finished folder.
         """
-        with self._timed(kind):
-            made = _make(self.root, kind, self._full(key, unit=False), build, self.threads)
+        outer, self._parts = self._parts, {}
+        try:
+            with self._timed(kind):
+                made = _make(
+                    self.root, kind, self._full(key, unit=False), build, self.threads,
+                    lambda: (self._parts, self._inner),
+                )  # fmt: skip
+        finally:
+            self._parts = outer
         return self._note(kind, made)
 
     def units(self, kind: str, keys: Mapping[str, Key], build: Callable[[str, Path], None]) -> dict[str, Path]:
@@ -250,6 +286,18 @@ class Store:
         checkpoint = self._checkpoint(kind, key)
         return int(torch.load(checkpoint, weights_only=True)["step"]) if checkpoint.exists() else 0
 
+    def ancestry(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """An artifact and all that it was made from, directly or not, be it still there or not.
+
+        Args:
+            folder: of a finished artifact of this store.
+
+        Returns:
+            By ``kind/digest``, when each was made and the seconds that it took, those of its own parts left out.
+        """
+        made = json.loads((folder / "made.json").read_text())
+        return {f"{folder.parent.name}/{folder.name}": _brief(made), **made["parts"]}
+
     def _full(self, key: Key, *, unit: bool) -> dict[str, Any]:
         return {**key, "threads": self.unit_threads if unit else self.threads}
 
@@ -270,7 +318,8 @@ class Store:
 
     def _note(self, kind: str, folder: Path) -> Path:
         made = json.loads((folder / "made.json").read_text())
-        self.used[f"{kind}/{folder.name}"] = {"seconds": made["seconds"], "made": made["made"]}
+        self.used[f"{kind}/{folder.name}"] = _brief(made)
+        self._parts |= {f"{kind}/{folder.name}": _brief(made), **made["parts"]}
         return folder
 
 
@@ -278,8 +327,20 @@ def _make_unit(root: Path, kind: str, key: Key, build: Callable[[str, Path], Non
     return _make(root, kind, key, lambda folder: build(name, folder), threads)
 
 
-def _make(root: Path, kind: str, key: Key, build: Callable[[Path], None], threads: int) -> Path:
+def _brief(made: dict[str, Any]) -> dict[str, Any]:
+    return {"seconds": made["seconds"], "made": made["made"]}
+
+
+def _make(
+    root: Path,
+    kind: str,
+    key: Key,
+    build: Callable[[Path], None],
+    threads: int,
+    inside: Callable[[], tuple[dict[str, dict[str, Any]], float]] = lambda: ({}, 0.0),
+) -> Path:
     """Builds ``root/kind/digest`` under a lock, in a temporary folder that is renamed when it is whole."""
+    # ``inside`` tells, afterwards, what the build was made from, and the seconds that went into that meanwhile.
     folder = root / kind / digest_of(key)
     if folder.exists():
         return folder
@@ -301,10 +362,12 @@ def _make(root: Path, kind: str, key: Key, build: Callable[[Path], None], thread
             raise
         finally:
             torch.set_num_threads(before)
+        parts, elsewhere = inside()
         record = {
             "kind": kind,
             "key": key,
-            "seconds": round(time.perf_counter() - started, 3),
+            "parts": parts,
+            "seconds": round(time.perf_counter() - started - elsewhere, 3),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "torch": torch.__version__,
             "cpu": torch.backends.cpu.get_cpu_capability(),

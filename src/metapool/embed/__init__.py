@@ -35,6 +35,7 @@ from metapool.base.functional import (
 from metapool.base.images import InputSpec, to_float
 from metapool.base.networks import Network, NetworkSpec, build
 from metapool.base.store import Settings, Store, generator_for
+from metapool.embed.fisher import batch_fisher as batch_fisher
 from metapool.embed.fisher import fisher_diagonal as fisher_diagonal
 
 VERSION = 2
@@ -77,7 +78,14 @@ def refit_head(features: Tensor, labels: Tensor, classes: int, strength: float =
 
 
 def task_embedding(
-    probe: Network, spec: InputSpec, images: Tensor, labels: Tensor, per_filter: bool = True, chunk: int = 64
+    probe: Network,
+    spec: InputSpec,
+    images: Tensor,
+    labels: Tensor,
+    per_filter: bool = True,
+    chunk: int = 64,
+    *,
+    per_sample: bool = True,
 ) -> Params:
     """The probe's Fisher diagonal on one task, after its head was fitted to that task.
 
@@ -90,6 +98,7 @@ def task_embedding(
         labels: int64 [N] in [0, K), every class present.
         per_filter: average over each filter (all axes but the first), as Task2Vec does.
         chunk: images per pass.
+        per_sample: the Fisher diagonal; else what TGR's released code takes for it, see :func:`batch_fisher`.
 
     Returns:
         F >= 0 by name of the encoder's parameters: shape [O] per filter, else the parameter's own.
@@ -103,7 +112,11 @@ def task_embedding(
     prepared = spec.prepare(to_float(images) if images.dtype == torch.uint8 else images).to(probe.head.weight.dtype)
     features = in_chunks(probe.features, prepared)
     weight, bias = refit_head(features, labels, int(labels.max()) + 1)
-    fisher = fisher_diagonal(probe, {**params, "head.weight": weight, "head.bias": bias}, prepared, chunk)
+    fitted = {**params, "head.weight": weight, "head.bias": bias}
+    if per_sample:
+        fisher = fisher_diagonal(probe, fitted, prepared, chunk)
+    else:
+        fisher = batch_fisher(probe, fitted, prepared, labels)
     del fisher["head.weight"], fisher["head.bias"]
     return {
         name: value.flatten(1).mean(1) if per_filter and value.ndim > 1 else value for name, value in fisher.items()
@@ -199,6 +212,9 @@ class ProbeSettings(Settings):
     """Learning rate of Adam."""
     images: int = pydantic.Field(default=200, ge=2)
     """Recovered images of a task, at most, that its embedding is taken over."""
+    per_sample: bool = True
+    """Square the gradients of single images, as Fisher information asks; off: those of whole batches, as TGR's released
+    code does."""
     seed: int = 0
     """Of the probe's initial weights and batches."""
 
@@ -304,4 +320,5 @@ def _embed_unit(bank: TaskBank, spec: InputSpec, settings: ProbeSettings, probe:
     task = bank[id]
     # Evenly spaced, so that every class keeps its share.
     kept = torch.linspace(0, len(task.labels) - 1, min(settings.images, len(task.labels))).round().long()
-    save_file(task_embedding(network, spec, task.images[kept], task.labels[kept]), folder / "embedding.safetensors")
+    embedding = task_embedding(network, spec, task.images[kept], task.labels[kept], per_sample=settings.per_sample)
+    save_file(embedding, folder / "embedding.safetensors")

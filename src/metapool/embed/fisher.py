@@ -59,6 +59,33 @@ def fisher_diagonal(network: nn.Module, params: Params, images: Tensor, chunk: i
     return {name: value / len(images) for name, value in total.items()}
 
 
+def batch_fisher(network: nn.Module, params: Params, images: Tensor, labels: Tensor, batches: int = 5) -> Params:
+    r"""What TGR's released code takes for the Fisher diagonal: :math:`\frac1B \sum_b (\partial_w \bar L_b)^2`.
+
+    :math:`\bar L_b` is the mean cross-entropy of a batch with the given labels (task_similarity.py, lines 18 to 34).
+    The square of a mean is not the mean of squares: with many images it goes to zero where the probe is well fitted.
+
+    Args:
+        network: images to logits; not changed.
+        params: the parameters asked for; the network's own are used for the others.
+        images: float [N, C, H, W], normalised as the network wants.
+        labels: int64 [N].
+        batches: B; image n is in batch n mod B.
+
+    Returns:
+        Squares >= 0, same names and shapes as ``params``.
+    """
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in params.items()}
+    total = {name: torch.zeros_like(value) for name, value in params.items()}
+    for first in range(batches):
+        logits = torch.func.functional_call(network, leaves, images[first::batches])
+        loss = F.cross_entropy(logits, labels[first::batches])
+        gradient = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        for name, value in zip(leaves, gradient):
+            total[name] += value.square() / batches
+    return total
+
+
 def _owners(network: nn.Module, params: Params) -> dict[nn.Module, dict[str, str]]:
     """For every module that owns one of ``params``: the parameter's full name by its name within the module."""
     every = dict(network.named_parameters(remove_duplicate=False))

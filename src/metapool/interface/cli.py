@@ -1,5 +1,6 @@
 """The console script: each command parses, calls one function, prints."""
 
+import argparse
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ import metapool
 from metapool.base.errors import MetapoolError
 from metapool.base.store import Store
 from metapool.interface import recipe as recipes
+from metapool.interface.compare import compare, methods_summary
 from metapool.interface.plan import plan, plan_summary
 from metapool.interface.run import pool_summary, run, run_summary
 from metapool.interface.use import evaluate_saved, predict
@@ -38,6 +40,11 @@ run has workers. Disk: images, answers and models that the store will hold. Memo
 holds the features that all models see in all images. In the store: what is there already."""
 
 
+COMPARE = """Fit the recipe's method and others with several seeds, score all on the same episodes, print one table.
+
+--methods NAME ...: as `metapool methods` lists them (default: all). --seeds N (default: 3), from the recipe's on."""
+
+
 @dataclass
 class Run:
     """Make a few-shot learner of a pool, compare it with its rivals, write a report (`metapool run --help`)."""
@@ -54,6 +61,35 @@ class Plan:
     def __call__(self) -> None:
         """Plans the main job."""
         _plan([])
+
+
+@dataclass
+class Compare:
+    """Fit many methods with several seeds, one table (`metapool compare --help`)."""
+
+    def __call__(self) -> None:
+        """Compares all, three seeds."""
+        _compare([])
+
+
+@dataclass
+class Methods:
+    """List the methods: paper, what each needs of the pool's models, what it costs."""
+
+    json: bool = False
+    """Print JSON."""
+
+    def __call__(self) -> None:
+        """Prints."""
+        found = methods_summary()
+        if self.json:
+            print(json.dumps(found, indent=1))
+            return
+        table = Table("name", "paper", "needs", "cost", show_lines=True)
+        for row in found:
+            table.add_row(*(escape(row[key]) for key in ("name", "paper", "needs", "cost")))
+        Console().print(table)
+        print("also: ensemble-K (K models of the ensemble), input-control (images of an untrained generator)")
 
 
 @dataclass
@@ -219,6 +255,8 @@ class Pool:
 Command = (
     Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
     | Annotated[Plan, tyro.conf.subcommand("plan", prefix_name=False)]
+    | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
+    | Annotated[Methods, tyro.conf.subcommand("methods", prefix_name=False)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
     | Annotated[Predict, tyro.conf.subcommand("predict", prefix_name=False)]
     | Annotated[Pool, tyro.conf.subcommand("pool", prefix_name=False)]
@@ -268,6 +306,19 @@ def _plan(arguments: Sequence[str]) -> None:
     print(json.dumps(planned.as_dict(), indent=1) if as_json else plan_summary(planned))
 
 
+def _compare(arguments: Sequence[str]) -> None:
+    """`metapool compare [recipe.yaml] [--methods NAME ...] [--seeds N] [--section.option value]`."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--methods", nargs="+", default=["all"])
+    own.add_argument("--seeds", type=int, default=3)
+    given, rest = own.parse_known_args(arguments)
+    recipe, as_json = _recipe("compare", "--json", COMPARE, rest)
+    recipe = recipe if recipe.name != "main" else recipe.model_copy(update={"name": "compare"})
+    with _progress() as progress:
+        found = compare(recipe, given.methods, given.seeds, progress)
+    print(found.read_text() if as_json else found.with_suffix(".md").read_text(), end="")
+
+
 def _recipe(command: str, switch: str, about: str, arguments: Sequence[str]) -> tuple[recipes.Recipe, bool]:
     """The recipe that a command line means, flags laid over the file, and whether the command's own switch is set."""
     rest = [argument for argument in arguments if argument != switch]
@@ -309,6 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _run(given[1:])
         elif given[:1] == ["plan"]:
             _plan(given[1:])
+        elif given[:1] == ["compare"]:
+            _compare(given[1:])
         else:
             _parsed(Command, prog="metapool", description=ABOUT, args=given or ["--help"])()
     except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong

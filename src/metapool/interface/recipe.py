@@ -11,7 +11,7 @@ import yaml
 from metapool.base.errors import MetapoolError
 from metapool.base.images import InputSpec, LabelledImages
 from metapool.base.store import Settings
-from metapool.methods import NAMED, AnyMethod
+from metapool.methods import NAMED, AnyMethod, recovery_of
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool
 from metapool.realdata import datasets
@@ -104,7 +104,9 @@ class Recipe(Settings):
             return self._with_recovery(NAMED["ensemble"].model_copy(update={"size": int(match[1])}))
         if name == "input-control":
             # Images of an untrained generator: whatever the method still learns, it did not learn from recovery.
-            real = self.method.recovery
+            real = recovery_of(self.method)
+            if real is None:
+                raise MetapoolError(f"compare: {self.method.name!r} recovers no bank for an input-control to replace")
             same = {"width": real.width, "code": real.code} if isinstance(real, GeneratorRecovery) else {}
             control = GeneratorRecovery(per_class=real.per_class, seed=real.seed, steps=0, **same)
             return self.method.model_copy(update={"recovery": control})
@@ -112,7 +114,10 @@ class Recipe(Settings):
         raise MetapoolError(f"compare: no method is named {name!r}; known are {known}")
 
     def _with_recovery(self, method: AnyMethod) -> AnyMethod:
-        return method.model_copy(update={"recovery": self.method.recovery})
+        shared = recovery_of(self.method)
+        if shared is None or recovery_of(method) is None:
+            return method
+        return method.model_copy(update={"recovery": shared})
 
 
 def load_recipe(path: str | None) -> Recipe:

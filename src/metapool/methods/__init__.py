@@ -1,27 +1,42 @@
 """Methods by name. A method is a frozen settings object with ``fit``; it imports no other method."""
 
+import inspect
 import json
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import pydantic
 
 from metapool.base.errors import MetapoolError
 from metapool.base.images import LabelledImages
 from metapool.base.store import Store
+from metapool.embed import ProbeSettings
 from metapool.ensemble import Ensemble
-from metapool.learners import MAML, FewShotModel, ProtoNet
+from metapool.learners import ANIL, MAML, FewShotModel, ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
 from metapool.methods.tgr import TGR
-from metapool.pool import ModelPool
+from metapool.pool import Access, ModelPool
+from metapool.recover import AnyRecovery
 
-__all__ = ["METHODS", "NAMED", "AnyMethod", "Method", "load_model"]
+__all__ = ["METHODS", "NAMED", "AnyMethod", "Method", "describe", "load_model", "recovery_of"]
 
 
 class Method(Protocol):
     """One paper, or one honest baseline: the only boss of a run."""
+
+    paper: ClassVar[str]
+    """Authors, venue and number of the paper."""
+    needs: ClassVar[Access]
+    """What it must have of the pool's models."""
+    version: ClassVar[int]
+    """Raised when its mathematics changes."""
+
+    def prepare(self, pool: ModelPool, store: Store, seed: int) -> object:
+        """Makes what workers of the store make, or other methods share, before :meth:`fit` uses it."""
 
     def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
         """Makes a few-shot learner of a pool, without its data."""
@@ -53,6 +68,27 @@ NAMED: dict[str, AnyMethod] = {
         batch=50,
         learning_rate=1e-3,
     ),
+    "tgr-anil": TGR(
+        task_loss="classify",
+        learner=ANIL(),
+        replay="episodes",
+        replay_updates=5,
+        steps=30,
+        batch=50,
+        learning_rate=1e-3,
+    ),
+    "tgr-released": TGR(
+        variant="released",
+        probe=ProbeSettings(per_sample=False),
+        task_loss="classify",
+        learner=MAML(transductive=True),
+        replay="episodes",
+        replay_updates=5,
+        steps=16,
+        width=32,
+        batch=50,
+        learning_rate=1e-3,
+    ),
     "tgr-protonet": TGR(
         task_loss="classify",
         learner=ProtoNet(),
@@ -63,8 +99,39 @@ NAMED: dict[str, AnyMethod] = {
         learning_rate=1e-3,
     ),
 }
-"""Methods at their defaults, the strongest rival known, and the paper's own TGR (its task loss, with the learners that
-it names; MAML with the 32 filters that its own paper uses)."""
+"""Methods at their defaults, the strongest rival known, and the paper's own TGR: its task loss with the learners that
+it names (MAML with the 32 filters that its own paper uses), and what its released code does."""
+
+
+def recovery_of(method: AnyMethod) -> AnyRecovery | None:
+    """How a method recovers a bank, from which its rivals then start too.
+
+    Args:
+        method: any.
+
+    Returns:
+        Its recovery; none where it makes its images while it trains, or needs no images.
+    """
+    recovery: AnyRecovery | None = getattr(method, "recovery", None)
+    return recovery
+
+
+def describe(method: Method) -> dict[str, Any]:
+    """What a reader wants to know of a method before running it.
+
+    Args:
+        method: any.
+
+    Returns:
+        ``paper``, ``needs`` (what it must have of the pool's models), ``cost`` (the paragraph of its docstring, or of
+        its file's, that starts so) and ``about`` (the first sentence of its docstring).
+    """
+    kind = type(method)
+    texts = [inspect.cleandoc(text or "") for text in (kind.__doc__, sys.modules[kind.__module__].__doc__)]
+    found = (re.search(r"^Cost[^:\n]*: (.+?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE) for text in texts)
+    cost = next((match[1] for match in found if match), "")
+    about = texts[0].split("\n\n")[0]
+    return {"paper": kind.paper, "needs": kind.needs, "cost": " ".join(cost.split()), "about": " ".join(about.split())}
 
 
 def load_model(folder: Path) -> FewShotModel:

@@ -1,10 +1,12 @@
 """Honest rivals: what a practitioner would do with the pool without any meta-training.
 
-None is a paper's method, but for the ensemble (metapool/ensemble.py names its paper). Where a baseline has to
-choose, it chooses on validation classes when they are given, else on recovered images.
+None is a paper's method, but for the ensemble (metapool/ensemble.py names its paper). Where a baseline has to choose,
+it chooses on validation classes when they are given, else on recovered images.
+
+Cost: a pass of the models over recovered images, and some episodes where there is something to choose; no training.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -21,23 +23,31 @@ from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
 from metapool.learners import FewShotModel, ProtoNet, centroid_logits
 from metapool.meta_model import MetaModel
-from metapool.pool import ModelPool, PretrainedModel
+from metapool.pool import Access, ModelPool, PretrainedModel
 from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
 
 
 class _Baseline(Settings):
     """What all baselines share."""
 
+    paper: ClassVar[str] = "honest baseline"
+    needs: ClassVar[Access] = "weights"
+    version: ClassVar[int] = 1
+
     recovery: AnyRecovery = GeneratorRecovery()
     """How the bank is made that statistics are estimated and models chosen on."""
     standardise: bool = False
-    """Standardise features by their moments on recovered images before they are divided by their length; on validation
-    classes that was a point worse than the length alone (docs/lab-notes.md)."""
+    """Standardise features by their moments on recovered images before they are divided by their length: a point worse
+    on validation classes (docs/lab-notes.md)."""
     bank_images: int = pydantic.Field(default=1000, ge=10)
     """Recovered images that moments and statistics are estimated on."""
 
+    def prepare(self, pool: ModelPool, store: Store, seed: int) -> TaskBank:
+        """Recovers the bank; the seed plays no part."""
+        return recover_pool(pool, self.recovery, store)
+
     def _bank(self, pool: ModelPool, store: Store, seed: int) -> tuple[TaskBank, Tensor]:
-        bank = recover_pool(pool, self.recovery, store)
+        bank = self.prepare(pool, store, seed)
         images = bank.labelled("distinct", pool.manifest.models[0].input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "moments"))[: self.bank_images]
         return bank, to_float(images[drawn])
@@ -55,6 +65,8 @@ class _Baseline(Settings):
 
 class Untrained(_Baseline):
     """A network with its initial weights: what the architecture alone gives."""
+
+    needs: ClassVar[Access] = "nothing"
 
     name: Literal["untrained"] = "untrained"
     """Which method this is."""
@@ -165,6 +177,8 @@ class EnsembleAll(_Baseline):
 
 class Average(_Baseline):
     """Mean of the parameters of all models of one architecture; statistics re-estimated on the bank."""
+
+    needs: ClassVar[Access] = "weights of one architecture"
 
     name: Literal["average"] = "average"
     """Which method this is."""

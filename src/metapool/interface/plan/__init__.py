@@ -19,9 +19,9 @@ from metapool.interface.plan.parts import METHODS, Part, Plan, Stage
 from metapool.interface.plan.parts import plan_summary as plan_summary
 from metapool.interface.recipe import Recipe
 from metapool.interface.run import Job, cost_key, fit_key, prepare, score_key
-from metapool.methods import AnyMethod
+from metapool.methods import AnyMethod, recovery_of
 from metapool.methods.tgr import TGR
-from metapool.recover import GeneratorRecovery, common_key, recover_keys
+from metapool.recover import AnyRecovery, GeneratorRecovery, common_key, recover_keys
 from metapool.views import images_key, view_key
 
 STAGES = ("common", "recover", "probe", "embed", "view-images", "view", "meta-model", "fit", "scores", "cost")
@@ -89,8 +89,10 @@ class _Walk:
         todo = not fitted.exists()
         # The report shows the bank and the groups of the recipe's own method, so that a run asks for them in any case.
         shown = todo or method is next(iter(job.methods.values()))
-        bank = self._recovered(method, shown)
-        images = sum(method.recovery.per_class * len(entry.classes) for entry in costs.entries.values())
+        recovery, images, bank = recovery_of(method), 0, TaskBank({})
+        if recovery is not None:
+            bank = self._recovered(recovery, shown)
+            images = sum(recovery.per_class * len(entry.classes) for entry in costs.entries.values())
         if isinstance(method, TGR):
             embedded = self._embedded(method, bank, shown)
             if method.relational:
@@ -112,8 +114,8 @@ class _Walk:
         folder = self.job.store.folder("cost", cost_key(fitted, self.job.images, self.job.store))
         self._note("cost", name, ("model", ""), folder, True, partial(self.costs.timing, method), 0)
 
-    def _recovered(self, method: AnyMethod, needed: bool) -> TaskBank:
-        recovery, costs = method.recovery, self.costs
+    def _recovered(self, recovery: AnyRecovery, needed: bool) -> TaskBank:
+        costs = self.costs
         if (key := common_key(self.job.pool, recovery)) is not None and isinstance(recovery, GeneratorRecovery):
             share = recovery.warm_steps / recovery.steps
             first = partial(costs.unit, self.job.pool.ids[0], recovery.digest())

@@ -37,7 +37,7 @@ from metapool.interface.plan.timing import (
 )
 from metapool.interface.run import Job
 from metapool.learners import FewShotModel, ProtoNet
-from metapool.methods import AnyMethod, load_model
+from metapool.methods import AnyMethod, load_model, recovery_of
 from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
 from metapool.methods.tgr import TGR
 from metapool.student import CALIBRATION_IMAGES, Student
@@ -237,14 +237,15 @@ class Costs:
     @cached_property
     def _units(self) -> dict[str, dict[str, float]]:
         methods, store = self.job.methods.values(), self.job.store
-        recoveries = list({method.recovery.digest(): method.recovery for method in methods}.values())
+        found = [recovery for method in methods if (recovery := recovery_of(method)) is not None]
+        recoveries = list({recovery.digest(): recovery for recovery in found}.values())
         probes = list({method.probe.digest(): method.probe for method in methods if isinstance(method, TGR)}.values())
         firsts = list({kind: id for id, kind in reversed(self._kinds.items())}.values())
         asked = (self.job.pool, firsts, recoveries, probes, store.unit_threads)
         workers = min(store.jobs, len(self.entries))
-        found = joblib.Parallel(n_jobs=workers)(joblib.delayed(time_units)(*asked) for _ in range(workers))
+        times = joblib.Parallel(n_jobs=workers)(joblib.delayed(time_units)(*asked) for _ in range(workers))
         return {
-            self._kinds[id]: {name: fmean(one[id][name] for one in found) for name in found[0][id]} for id in firsts
+            self._kinds[id]: {name: fmean(one[id][name] for one in times) for name in times[0][id]} for id in firsts
         }
 
     @cached_property

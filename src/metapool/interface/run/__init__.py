@@ -38,12 +38,21 @@ from metapool.interface.run.files import (
     write_json,
     write_training,
 )
-from metapool.methods import AnyMethod, load_model, tgr
-from metapool.methods.tgr import TGR
+from metapool.methods import AnyMethod, load_model
 from metapool.pool import ModelPool
-from metapool.recover import recover_pool
 
-__all__ = ["Job", "cost_key", "fit_key", "pool_summary", "prepare", "run", "run_summary", "score_key"]
+__all__ = [
+    "Job",
+    "Line",
+    "cost_key",
+    "fit_key",
+    "pool_summary",
+    "prepare",
+    "results",
+    "run",
+    "run_summary",
+    "score_key",
+]
 
 VERSION = 2
 
@@ -60,31 +69,56 @@ def run(recipe: Recipe, progress: Progress = silent) -> Path:
     """
     started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     job = prepare(recipe, progress)
-    pool, store, images, validation, episodes = job.pool, job.store, job.images, job.validation, job.episodes
-    methods, references = job.methods, job.references
     folder = Path(recipe.out) / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
 
-    _side_by_side(job, recipe.seed)
-    rows: dict[str, dict[str, Any]] = {}
-    scores: dict[str, dict[int, Scores]] = {}
-    for name, method in methods.items():
-        fitted = _fit(method, pool, store, recipe.seed, validation)
-        scores[name] = _score(fitted, images, episodes, store)
-        rows[name] = {**_cost(fitted, images, store), "data_free": True}
-    for name, where in references.items():
-        scores[name] = _score(where, images, episodes, store)
-        rows[name] = {**_cost(where, images, store), "data_free": False}
+    lines = results(job, recipe.seed)
+    rows, scores = ({name: getattr(line, part) for name, line in lines.items()} for part in ("row", "scores"))
 
     main = recipe.method.name
-    replace_folder(_fit(methods[main], pool, store, recipe.seed, validation), folder / "model")
-    write_training(folder, {n: _fit(m, pool, store, recipe.seed, validation) for n, m in methods.items()})
-    write_gallery(folder, pool, methods[main], store, recipe.seed)
-    seconds = seconds_of_stages(folder, recipe, store)
-    write_json(folder / "scores.json", {**scores_file(main, rows, scores, episodes), "seconds": seconds})
-    write_json(folder / "run.json", {**run_file(recipe, pool, started, main), "used": store.used})
+    replace_folder(lines[main].folder, folder / "model")
+    write_training(folder, {name: lines[name].folder for name in job.methods})
+    write_gallery(folder, job.pool, recipe.method, job.store, recipe.seed)
+    seconds = seconds_of_stages(folder, recipe, job.store)
+    write_json(folder / "scores.json", {**scores_file(main, rows, scores, job.episodes), "seconds": seconds})
+    used = {kind: made for name in job.methods for kind, made in job.store.ancestry(lines[name].folder).items()}
+    write_json(folder / "run.json", {**run_file(recipe, job.pool, started, main), "used": dict(sorted(used.items()))})
     replace_text(folder / "recipe.yaml", recipe_text(recipe))
     return write_report(folder)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table.
+
+    Attributes:
+        folder: of the saved model.
+        row: what its answers cost, and whether it is made without data.
+        scores: by number of shots.
+    """
+
+    folder: Path
+    row: dict[str, Any]
+    scores: dict[int, Scores]
+
+
+def results(job: "Job", seed: int) -> dict[str, Line]:
+    """Fits and scores all methods of a job, and scores its references.
+
+    Args:
+        job: what a recipe names.
+        seed: of the fits.
+
+    Returns:
+        A line for each, by name.
+    """
+    _side_by_side(job, seed)
+    found: dict[str, Line] = {}
+    for name, one in {**job.methods, **job.references}.items():
+        fitted = one if isinstance(one, Path) else _fit(one, job.pool, job.store, seed, job.validation)
+        row = {**_cost(fitted, job.images, job.store), "data_free": not isinstance(one, Path)}
+        found[name] = Line(fitted, row, _score(fitted, job.images, job.episodes, job.store))
+    return found
 
 
 @dataclass(frozen=True)
@@ -163,10 +197,8 @@ def _side_by_side(job: Job, seed: int) -> None:
     if workers < 2:
         return
     for one in todo:
-        if isinstance(one, TGR):
+        if not isinstance(one, Path):
             one.prepare(job.pool, job.store, seed)
-        elif not isinstance(one, Path):
-            recover_pool(job.pool, one.recovery, job.store)
     started = time.perf_counter()
     calls = (joblib.delayed(_fit_and_score)(job.alone(), one, seed) for one in todo)
     for done, _ in enumerate(joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(calls)):
@@ -236,7 +268,7 @@ def fit_key(method: AnyMethod, pool: ModelPool, seed: int, validation: LabelledI
         "pool": pool.digest(),
         "seed": seed,
         "validation": validation.digest() if validation else None,
-        "versions": [VERSION, recover.VERSION, embed.VERSION, views.VERSION, tgr.VERSION],
+        "versions": [VERSION, recover.VERSION, embed.VERSION, views.VERSION, method.version],
     }
 
 
@@ -261,6 +293,7 @@ def _cost(fitted: Path, images: LabelledImages, store: Store) -> dict[str, Any]:
             "parameters": model.parameter_count,
             "models_at_inference": model.models_at_inference,
             "ms_per_image": round(milliseconds_per_image(model, images), 4),
+            "transductive": getattr(model, "transductive", False),
         }
         write_json(folder / "row.json", row)
 

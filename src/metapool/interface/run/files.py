@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 import metapool
+from metapool.bank import TaskBank
 from metapool.base.store import Store, digest_of, digest_of_file
 from metapool.embed import dissimilarity, embed_bank
 from metapool.episodes import Episodes
 from metapool.evaluate import Scores, paired_difference
 from metapool.interface.recipe import Recipe, recipe_text
-from metapool.methods import AnyMethod
+from metapool.methods import AnyMethod, recovery_of
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool
 from metapool.recover import recover_pool
@@ -154,7 +155,8 @@ def write_gallery(
         seed: of the run.
         per_class: images shown of every class.
     """
-    bank = recover_pool(pool, method.recovery, store)
+    recovery = recovery_of(method)
+    bank = TaskBank({}) if recovery is None else recover_pool(pool, recovery, store)
     sheets: dict[str, Any] = {}
     for id, task in bank.items():
         rows = [torch.where(task.labels == label)[0][:per_class] for label in range(len(task.classes))]

@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import pydantic
 import torch
@@ -43,21 +43,20 @@ from metapool.base.functional import half_precision as half_precision
 from metapool.base.functional import widen as widen
 from metapool.base.images import InputSpec, LabelledImages
 from metapool.base.images import to_float as to_float
-from metapool.base.store import Settings, Store, generator_for
+from metapool.base.store import Store, generator_for
 from metapool.embed import ProbeSettings, dissimilarity, embed_bank
 from metapool.episodes import draw_classes as draw_classes
 from metapool.gradients import Batch as Batch
 from metapool.gradients import TaskLoss as TaskLoss
-from metapool.gradients import implicit_step
+from metapool.gradients import attached_step, implicit_step
 from metapool.gradients import mean_gradient as mean_gradient
 from metapool.gradients import task_gradients as task_gradients
 from metapool.group import Grouping, group_models
-from metapool.learners import AnyLearner, ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.methods.tgr.tasks import Tasks
-from metapool.pool import ModelPool
+from metapool.pool import Access, ModelPool
 from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
-from metapool.student import Student
+from metapool.student import MetaTraining, Student
 from metapool.task_losses import classify_loss as classify_loss
 from metapool.task_losses import relational_loss as relational_loss
 from metapool.training import Training
@@ -68,11 +67,18 @@ VERSION = 4
 TaskLossName = Literal["relational", "classify", "episodic"]
 
 
-class TGR(Settings):
+class TGR(MetaTraining):
     """The method; its fields are its settings."""
+
+    paper: ClassVar[str] = "Wei et al., ICML 2024, arXiv 2405.16560"
+    needs: ClassVar[Access] = "weights"
+    version: ClassVar[int] = VERSION
 
     name: Literal["tgr"] = "tgr"
     """Which method this is."""
+    variant: Literal["corrected", "released"] = "corrected"
+    """``released`` does what the published code does instead of what the paper means: a divergence of probabilities, a
+    displacement that keeps its graph, squared batch gradients as Fisher information, transductive batch norm."""
     recovery: AnyRecovery = GeneratorRecovery()
     """Stage 1: images out of each model."""
     probe: ProbeSettings = ProbeSettings()
@@ -94,22 +100,10 @@ class TGR(Settings):
     """Displacement of the implicit step; 0 turns the gradient regularization off."""
     views: ViewSettings = ViewSettings()
     """Images that all models look at, for ``relational`` as task loss or replay."""
-    learner: AnyLearner = ProtoNet(normalise=True, temperature=0.15)
-    """How the meta-model answers an episode."""
-    width: int = pydantic.Field(default=64, ge=1, le=512)
-    """Of the meta-model, a Conv4."""
-    way: int = pydantic.Field(default=5, ge=2)
-    """Classes of a training episode, and outputs of the head."""
-    shot: int = pydantic.Field(default=1, ge=1)
-    """Support images of a class in a training episode."""
-    query: int = pydantic.Field(default=5, ge=1)
-    """Query images of a class in a training episode."""
     steps: int = pydantic.Field(default=240, ge=1)
     """Steps of stage 4, each followed by replay."""
     batch: int = pydantic.Field(default=64, ge=8)
     """Images of one task in one step."""
-    learning_rate: float = pydantic.Field(default=5e-3, gt=0)
-    """Of Adam; it falls to a hundredth along half a cosine."""
     replay: Literal["none", "episodes", "relational"] = "relational"
     """Stage 5, on the whole bank. ``episodes``: the paper's, classes mixed across models, through the learner;
     ``relational``: ours, the neighbourhoods of all models together."""
@@ -126,10 +120,20 @@ class TGR(Settings):
     """Share of the steps after which the first block of the network stops learning, then the second, and so on; what
     they make of the views is then made once and kept, which halves the time (FreezeOut, Brock et al. 2017, arXiv
     1706.04983). For relational losses only; others train all blocks to the end."""
-    average: float = pydantic.Field(default=0.98, ge=0, lt=1)
-    """Decay of the running mean of the weights that is kept; 0 keeps the last weights."""
-    check_every: int = pydantic.Field(default=30, ge=1)
-    """Steps between checkpoints, each a candidate on validation classes."""
+
+    @pydantic.model_validator(mode="after")
+    def _released_as_a_whole(self) -> Self:
+        if self.variant == "released" and (
+            self.task_loss != "classify"
+            or self.replay == "relational"
+            or self.probe.per_sample
+            or not getattr(self.learner, "transductive", False)
+        ):
+            raise ValueError(
+                "variant 'released' needs task_loss classify, replay episodes, probe {per_sample: false} and learner "
+                "{name: maml, transductive: true}"
+            )
+        return self
 
     def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> MetaModel:
         """Algorithm 1 of the paper.
@@ -256,23 +260,25 @@ class TGR(Settings):
         training = Training(student.initial(), self.steps * (1 + updates), self.learning_rate, self.average)
         tasks = Tasks(self, student, bank, groups, views)
         sizes = torch.tensor([float(len(group)) for group in groups])
-        for step in store.steps("meta-train", key, training, self.steps, self.check_every):
+
+        def take(step: int) -> dict[str, Any]:
             if (blocks := self._frozen(step)) > tasks.start:
                 tasks.freeze(training, blocks)
             generator = generator_for(seed, "tgr", "step", str(step))
             group = int(torch.multinomial(sizes, 1, generator=generator))
             batches, task_loss = tasks.draw(group, generator)
-            direction, stats = implicit_step(task_loss, training.params, batches, self.alpha, tasks.together)
+            if self.variant == "released":
+                direction, stats = attached_step(task_loss, training.params, batches, self.alpha)
+            else:
+                direction, stats = implicit_step(task_loss, training.params, batches, self.alpha, tasks.together)
             training.descend(direction)
             record = {"method": self.name, "step": step, "group": group, **vars(stats)}
             for _ in range(updates):
                 record["replay"], gradient = tasks.replay(training.params, generator)
                 training.descend(gradient)
-            if (step + 1) % self.check_every == 0 or step + 1 == self.steps:
-                record["validation"] = student.accuracy(training.kept(), validation)
-                training.keep_if_better(record["validation"])
-            training.records.append(record)
-        student.model(training.best_params, training.records).save(folder)
+            return record
+
+        student.train(training, self, take, store, key, validation, folder)
 
     def _frozen(self, step: int) -> int:
         """Blocks that no longer learn."""

@@ -9,10 +9,11 @@ from torch import Tensor
 from metapool.bank import TaskBank
 from metapool.base.functional import Params, call, half_precision, widen
 from metapool.base.images import to_float
-from metapool.episodes import draw_classes
+from metapool.episodes import draw_classes, draw_episodes
 from metapool.gradients import Batch, TaskLoss, mean_gradient, task_gradients
+from metapool.learners import episode_loss
 from metapool.student import Student
-from metapool.task_losses import classify_loss, relational_loss
+from metapool.task_losses import classify_loss, relational_loss, released_classify_loss
 from metapool.training import Training
 from metapool.views import Views
 
@@ -126,7 +127,8 @@ class Tasks:
         images, labels, teacher = batch
         with half_precision():
             logits = call(self.network, params, images)
-        return classify_loss(logits.float()[:, : teacher.shape[1]], labels, teacher)
+        loss = released_classify_loss if self.method.variant == "released" else classify_loss
+        return loss(logits.float()[:, : teacher.shape[1]], labels, teacher)
 
     def _draw_recovered(self, teachers: list[str], per_class: int, generator: torch.Generator) -> Batch:
         """Images of ``way`` classes of each teacher, class-major, their new labels, its logits over these classes."""
@@ -142,14 +144,7 @@ class Tasks:
         return torch.stack(images), labels.expand(len(teachers), -1), torch.stack(logits)
 
     def _episodic(self, params: Params, batch: Batch) -> Tensor:
-        """Query loss of one episode, whose images are class-major, ``shot + query`` of each class."""
-        images, labels = batch[:2]
-        shot, query = self.method.shot, self.method.query
-        in_support = (torch.arange(len(images)) % (shot + query)) < shot
-        logits = self.method.learner.query_logits(
-            self.network, params, images[in_support], labels[in_support], images[~in_support]
-        )
-        return F.cross_entropy(logits, labels[~in_support])
+        return episode_loss(self.method.learner, self.network, params, batch[0], batch[1], self.method.shot)
 
     def replay(self, params: Params, generator: torch.Generator) -> tuple[float, Params]:
         """One replay on the whole bank.
@@ -177,14 +172,9 @@ class Tasks:
     def _replay_episodes(self, generator: torch.Generator) -> Batch:
         """Episodes whose classes mix models; one name is one class."""
         assert self.named is not None
-        way = min(self.method.way, len(self.named.classes))
-        per_class = self.method.shot + self.method.query
-        labels = torch.arange(way).repeat_interleave(per_class)
-        episodes: list[Tensor] = []
-        for _ in range(self.method.replay_tasks):
-            rows, _chosen = draw_classes(self.named.labels, len(self.named.classes), way, per_class, generator)
-            episodes.append(self.input.prepare(to_float(self.named.images[rows])))
-        return torch.stack(episodes), labels.expand(len(episodes), -1)
+        method = self.method
+        per_class = method.shot + method.query
+        return draw_episodes(self.named, self.input, method.way, per_class, method.replay_tasks, generator)
 
 
 def _concepts(views: Views, bank: TaskBank) -> Tensor:

@@ -1,0 +1,154 @@
+"""Many methods, several seeds, one table: the same pool, the same episodes, and what each method cost to make."""
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metapool.base.errors import MetapoolError
+from metapool.base.store import Progress, Store, silent
+from metapool.evaluate import Interval, Scores, paired_difference
+from metapool.interface.recipe import Recipe
+from metapool.interface.run import Line, prepare, results
+from metapool.interface.run.files import replace_text, run_file, write_json
+from metapool.methods import NAMED, describe
+
+
+def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress = silent) -> Path:
+    """Fits methods with several seeds and scores all on the same episodes.
+
+    Args:
+        recipe: pool, episodes, the method that is the headline; its own rivals are left out.
+        names: of the rivals, as in a recipe's ``compare``; ``all`` for every one that has a name, ``ensemble-5`` and
+            ``input-control``.
+        seeds: how many, from the recipe's own on.
+        progress: called as ``progress(stage, done, total)``.
+
+    Returns:
+        ``<out>/<name>/compare.json``; the same as a table in Markdown lies beside it.
+
+    Raises:
+        MetapoolError: when there are no seeds.
+    """
+    if seeds < 1:
+        raise MetapoolError(f"--seeds: at least 1, not {seeds}")
+    main = recipe.method.name
+    rivals = [*NAMED, "ensemble-5", "input-control"] if list(names) == ["all"] else list(names)
+    recipe = recipe.model_copy(update={"compare": tuple(name for name in rivals if name != main)})
+    job = prepare(recipe, progress)
+    found = [results(job, recipe.seed + number) for number in range(seeds)]
+    lines = {name: [one[name] for one in found] for name in found[0]}
+    scores = {
+        name: {shot: _mean([one.scores[shot] for one in every]) for shot in job.episodes}
+        for name, every in lines.items()
+    }
+    table = {
+        name: {
+            **({} if name in job.references else {k: v for k, v in describe(job.methods[name]).items() if k != "cost"}),
+            **every[0].row,
+            "seconds": None if name in job.references else [_seconds(one, job.store) for one in every],
+            "shots": {
+                str(shot): _numbers(scores[name][shot], [one.scores[shot] for one in every]) for shot in job.episodes
+            },
+        }
+        for name, every in lines.items()
+    }
+    paired = [
+        {"a": main, "b": name, "shot": shot, **_rounded(paired_difference(scores[main][shot], scores[name][shot]))}
+        for name in lines
+        for shot in job.episodes
+        if name != main
+    ]
+    first = next(iter(job.episodes.values()))
+    about = run_file(recipe, job.pool, "", main)
+    result = {
+        "command": f"metapool compare --methods {' '.join(names)} --seeds {seeds}",
+        **{key: about[key] for key in ("version", "machine", "recipe")},
+        "pool": about["pool"]["name"],
+        "seeds": [recipe.seed + number for number in range(seeds)],
+        "episodes": {"way": first.way, "query": first.query.shape[2], "n": len(first)},
+        "methods": dict(sorted(table.items(), key=lambda item: -sum(s["mean"] for s in item[1]["shots"].values()))),
+        "paired": paired,
+    }
+    folder = Path(recipe.out) / recipe.name
+    write_json(folder / "compare.json", result)
+    replace_text(folder / "compare.md", table_of(result))
+    return folder / "compare.json"
+
+
+def table_of(result: dict[str, Any]) -> str:
+    """A comparison as a table in Markdown, best first.
+
+    Args:
+        result: content of ``compare.json``.
+
+    Returns:
+        The table and a sentence that says what its numbers are.
+    """
+    shots = list(next(iter(result["methods"].values()))["shots"])
+    heads = ["method", *(f"{shot}-shot" for shot in shots), "CPU seconds", "networks", "ms / image", "needs"]
+    rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for name, row in result["methods"].items():
+        shown = (
+            f"*{name}* (real images)"
+            if not row["data_free"]
+            else f"{name} (transductive)"
+            if row["transductive"]
+            else name
+        )
+        accuracies = (f"{s['mean']:.1f} ± {s['ci95']:.1f} ({s['between_seeds']:.1f})" for s in row["shots"].values())
+        seconds = "" if row["seconds"] is None else f"{statistics.fmean(row['seconds']):.0f}"
+        cells = [
+            shown,
+            *accuracies,
+            seconds,
+            str(row["models_at_inference"]),
+            f"{row['ms_per_image']:.2f}",
+            row.get("needs", "images"),
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    episodes = result["episodes"]
+    said = (
+        f"{episodes['n']} {episodes['way']}-way episodes of unseen classes, {episodes['query']} queries a class; "
+        f"percent, mean over {len(result['seeds'])} seeds with the 95 % interval over episodes and, in brackets, the "
+        "standard deviation between seeds. CPU seconds: all that one such model was made of, from the pool on, each "
+        "part on one thread."
+    )
+    return "\n".join([*rows, "", said, ""])
+
+
+def methods_summary() -> list[dict[str, Any]]:
+    """All methods that have a name.
+
+    Returns:
+        One dictionary for each: ``name``, ``paper``, ``needs``, ``cost``, ``about``.
+    """
+    return [{"name": name, **describe(method)} for name, method in NAMED.items()]
+
+
+def _mean(scores: list[Scores]) -> Scores:
+    """Accuracy on every episode, averaged over seeds: seeds of one episode are not episodes of their own."""
+    return Scores(np.mean([score.accuracies for score in scores], axis=0))
+
+
+def _numbers(mean: Scores, every: list[Scores]) -> dict[str, Any]:
+    seeds = [round(score.interval.mean, 3) for score in every]
+    spread = statistics.stdev(seeds) if len(seeds) > 1 else 0.0
+    interval = mean.interval
+    return {
+        "mean": round(interval.mean, 3),
+        "ci95": round(interval.ci95, 3),
+        "seeds": seeds,
+        "between_seeds": round(spread, 3),
+    }
+
+
+def _rounded(interval: Interval) -> dict[str, float]:
+    return {end: round(value, 3) for end, value in vars(interval).items()}
+
+
+def _seconds(line: Line, store: Store) -> float:
+    own: list[float] = [made["seconds"] for made in store.ancestry(line.folder).values()]
+    return round(sum(own), 1)
