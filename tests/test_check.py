@@ -1,6 +1,8 @@
 """``check_method``: every method keeps every promise, and a method that breaks one is told which."""
 
 import random
+import runpy
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -10,6 +12,7 @@ import toys
 from metapool.base.images import LabelledImages
 from metapool.base.store import Settings, Store
 from metapool.check import CHECKS, BrokenPromise, World, check_method, make_world
+from metapool.methods import METHODS
 from metapool.methods.baselines import MeanSingle, Untrained
 from metapool.methods.tgr import TGR
 from metapool.pool import Access, ModelPool
@@ -22,8 +25,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-def test_a_method_that_keeps_its_promises_passes(world: World) -> None:
-    check_method(TGR(**toys.SMALL_TGR, recovery=toys.RECOVERY), world)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_keeps_its_promises(name: str, world: World) -> None:
+    kind = METHODS[name]
+    recovery = {"recovery": toys.RECOVERY} if "recovery" in kind.model_fields else {}
+    check_method(kind(**toys.SMALL[kind], **recovery), world)
+
+
+def test_the_example_of_a_method_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    example = Path(__file__).parent.parent / "examples" / "add_a_method.py"
+    runpy.run_path(str(example), run_name="__main__")
+    out = capsys.readouterr().out
+    assert "it keeps every promise of a method" in out
+    assert "5-way 1-shot" in out
 
 
 class Honest(MeanSingle):

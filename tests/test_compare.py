@@ -76,7 +76,7 @@ def test_seconds_are_those_of_all_parts_once(result: dict[str, Any], recipe: Rec
     kinds = {name.split("/")[0] for name in parts}
     assert kinds == {"recover", "probe", "embed", "view-images", "view", "meta-model", "fit-tgr"}
     assert sum(name.startswith("recover/") for name in parts) == 3
-    total = sum(made["seconds"] for made in parts.values())
+    total = sum(made["cpu_seconds"] for made in parts.values())
     assert result["methods"]["tgr"]["seconds"][0] == pytest.approx(total, abs=0.06)
     assert {name.split("/")[0] for name in job.store.ancestry(results(job, 0)["untrained"].folder)} == {
         "recover",

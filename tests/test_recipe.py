@@ -20,8 +20,9 @@ from metapool.interface.recipe import (
     validation_images,
 )
 from metapool.learners import MAML
-from metapool.methods import NAMED
+from metapool.methods import NAMED, recovery_of
 from metapool.methods.baselines import EnsembleAll
+from metapool.methods.free import FREE
 from metapool.methods.tgr import TGR
 from metapool.realdata import datasets
 from metapool.recover import GeneratorRecovery, PixelRecovery
@@ -137,11 +138,21 @@ def test_all_methods_share_the_recovery_of_the_recipe_s_own() -> None:
     )
     methods = recipe.methods()
     assert list(methods) == ["tgr", *rivals, "ensemble-12", "mine"]
-    assert {name for name, method in methods.items() if method.recovery != recovery} == set()
+    found = {name: recovery_of(method) for name, method in methods.items()}
+    assert {name for name, one in found.items() if one is None} == {"free", "purer", "bidf-mkd"}, "they make their own"
+    assert {one.digest() for one in found.values() if one is not None} == {recovery.digest()}
     assert methods["ensemble-12"] == EnsembleAll(recovery=recovery, size=12)
     assert methods["mine"] == TGR(recovery=recovery, steps=3)
     for name in rivals:
-        assert methods[name] == NAMED[name].model_copy(update={"recovery": recovery})
+        shared = {"recovery": recovery} if found[name] is not None else {}
+        assert methods[name] == NAMED[name].model_copy(update=shared)
+
+
+def test_a_method_that_recovers_no_bank_has_no_input_control() -> None:
+    with pytest.raises(MetapoolError, match="'free' recovers no bank"):
+        Recipe(method=FREE(), compare=("input-control",)).methods()
+    methods = Recipe(method=FREE(), compare=("untrained",)).methods()
+    assert methods["untrained"] == NAMED["untrained"], "a rival then keeps its own recovery"
 
 
 def test_the_input_control_is_the_same_method_on_images_of_untrained_generators() -> None:

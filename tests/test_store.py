@@ -402,6 +402,7 @@ def test_ancestry_has_every_part_once_with_its_own_seconds(tmp_path: Path) -> No
     found = store.ancestry(folder)
     assert sorted(name.split("/")[0] for name in found) == ["inner", "outer", "unit", "unit"]
     assert all(0.05 <= made["seconds"] < 0.1 for made in found.values()), "each slept once"
+    assert all(0 <= made["cpu_seconds"] < 0.04 for made in found.values()), "and did not work"
     # Asked of another store object, and when nothing is made any more, it is the same.
     assert nested(Store(tmp_path)) == folder
     assert Store(tmp_path).ancestry(folder) == found

@@ -8,10 +8,19 @@ from PIL import Image
 
 from metapool.base.images import InputSpec, LabelledImages
 from metapool.base.networks import NetworkSpec, build
+from metapool.blackbox import ZeroOrderRecovery
 from metapool.check import KINDS, NEW_KINDS, POOL_KINDS, SIDE, TRAINING, striped_pool, stripes
 from metapool.embed import ProbeSettings
 from metapool.learners import AnyLearner, ProtoNet
 from metapool.meta_model import MetaModel
+from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
+from metapool.methods.bidf_mkd import BiDfMKD
+from metapool.methods.dro import DRO
+from metapool.methods.free import FREE
+from metapool.methods.ota import OTA
+from metapool.methods.purer import PURER
+from metapool.methods.teapot import Teapot
+from metapool.methods.tgr import TGR
 from metapool.recover import GeneratorRecovery
 from metapool.views import ViewSettings
 
@@ -35,6 +44,29 @@ SMALL_TGR: dict[str, Any] = {
     "replay_batch": 32,
     "views": ViewSettings(copies=1, blends=1),
 }
+
+SMALL_VISIT = GeneratorRecovery(per_class=8, steps=5, code=16, width=8, shift=1, learning_rate=0.02)
+_SMALL = {"width": 8, "way": 3, "learning_rate": 0.01}
+SMALL: dict[type, dict[str, Any]] = {
+    TGR: SMALL_TGR,
+    FREE: {**_SMALL, "visit": SMALL_VISIT, "teachers": 3, "steps": 12, "check_every": 5, "replay_updates": 1},
+    PURER: {
+        **_SMALL,
+        **{"query": 2, "per_class": 4, "teachers": 2, "episodes": 2, "curriculum_start": 5, "patience": 1},
+        **{"steps": 12, "check_every": 5},
+    },
+    BiDfMKD: {
+        **_SMALL,
+        **{"steps": 12, "check_every": 5, "visit_every": 3, "query": 3, "replay_updates": 2, "replay_tasks": 2},
+        "zero_order": ZeroOrderRecovery(steps=10, directions=5, code=16, width=8, shift=1),
+    },
+    Teapot: {**_SMALL, "query": 2, "steps": 12, "check_every": 5, "teachers": 2, "memory_tasks": 2, "shift": 1},
+    OTA: {"bank_images": 50},
+    DRO: {"bank_images": 50, "dimension": 4, "hidden": 8, "gamma": 1.0, "steps": 7, "check_every": 2},
+    Untrained: {"bank_images": 50, "width": 8},
+    **{kind: {"bank_images": 50} for kind in (Average, BestSingle, EnsembleAll, MeanSingle)},
+}
+"""Settings of seconds for every method, with which it solves the striped world."""
 
 
 def write_images(folder: Path, data: LabelledImages) -> Path:

@@ -179,7 +179,7 @@ class Store:
         self.threads = threads
         self.progress = progress
         self.seconds: dict[str, float] = {}
-        self._inner = 0.0  # seconds of the stages that ran inside the one that runs now
+        self._inner = (0.0, 0.0)  # seconds, and those of the processor, of what ran inside the stage that runs now
         self._parts: dict[str, dict[str, Any]] = {}  # what the artifact that is built now is made from
         self.used: dict[str, dict[str, Any]] = {}
 
@@ -293,7 +293,7 @@ class Store:
             folder: of a finished artifact of this store.
 
         Returns:
-            By ``kind/digest``, when each was made and the seconds that it took, those of its own parts left out.
+            By ``kind/digest``, when each was made and what it took by itself: seconds, and those of the processor.
         """
         made = json.loads((folder / "made.json").read_text())
         return {f"{folder.parent.name}/{folder.name}": _brief(made), **made["parts"]}
@@ -307,14 +307,14 @@ class Store:
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
         """Adds the time to the stage's own, without that of the stages inside it."""
-        outer, self._inner = self._inner, 0.0
-        started = time.perf_counter()
+        outer, self._inner = self._inner, (0.0, 0.0)
+        started = _now()
         try:
             yield
         finally:
-            elapsed = time.perf_counter() - started
-            self.seconds[kind] = self.seconds.get(kind, 0.0) + elapsed - self._inner
-            self._inner = outer + elapsed
+            elapsed = _since(started)
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + elapsed[0] - self._inner[0]
+            self._inner = (outer[0] + elapsed[0], outer[1] + elapsed[1])
 
     def _note(self, kind: str, folder: Path) -> Path:
         made = json.loads((folder / "made.json").read_text())
@@ -327,8 +327,17 @@ def _make_unit(root: Path, kind: str, key: Key, build: Callable[[str, Path], Non
     return _make(root, kind, key, lambda folder: build(name, folder), threads)
 
 
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(started: tuple[float, float]) -> tuple[float, float]:
+    now = _now()
+    return now[0] - started[0], now[1] - started[1]
+
+
 def _brief(made: dict[str, Any]) -> dict[str, Any]:
-    return {"seconds": made["seconds"], "made": made["made"]}
+    return {name: made[name] for name in ("seconds", "cpu_seconds", "made")}
 
 
 def _make(
@@ -337,7 +346,7 @@ def _make(
     key: Key,
     build: Callable[[Path], None],
     threads: int,
-    inside: Callable[[], tuple[dict[str, dict[str, Any]], float]] = lambda: ({}, 0.0),
+    inside: Callable[[], tuple[dict[str, dict[str, Any]], tuple[float, float]]] = lambda: ({}, (0.0, 0.0)),
 ) -> Path:
     """Builds ``root/kind/digest`` under a lock, in a temporary folder that is renamed when it is whole."""
     # ``inside`` tells, afterwards, what the build was made from, and the seconds that went into that meanwhile.
@@ -354,7 +363,7 @@ def _make(
         keep_memory()
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
-        started = time.perf_counter()
+        started = _now()
         try:
             build(temporary)
         except BaseException:
@@ -363,11 +372,13 @@ def _make(
         finally:
             torch.set_num_threads(before)
         parts, elsewhere = inside()
+        own = [round(spent - other, 3) for spent, other in zip(_since(started), elsewhere)]
         record = {
             "kind": kind,
             "key": key,
             "parts": parts,
-            "seconds": round(time.perf_counter() - started - elsewhere, 3),
+            "seconds": own[0],
+            "cpu_seconds": own[1],
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "torch": torch.__version__,
             "cpu": torch.backends.cpu.get_cpu_capability(),

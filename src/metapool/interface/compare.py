@@ -150,5 +150,5 @@ def _rounded(interval: Interval) -> dict[str, float]:
 
 
 def _seconds(line: Line, store: Store) -> float:
-    own: list[float] = [made["seconds"] for made in store.ancestry(line.folder).values()]
+    own: list[float] = [made["cpu_seconds"] for made in store.ancestry(line.folder).values()]
     return round(sum(own), 1)

@@ -18,6 +18,13 @@ from metapool.ensemble import Ensemble
 from metapool.learners import ANIL, MAML, FewShotModel, ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
+from metapool.methods.bidf_mkd import BiDfMKD
+from metapool.methods.dro import DRO
+from metapool.methods.free import FREE
+from metapool.methods.ota import OTA
+from metapool.methods.purer import PURER
+from metapool.methods.purer.calibration import Calibrated
+from metapool.methods.teapot import Teapot
 from metapool.methods.tgr import TGR
 from metapool.pool import Access, ModelPool
 from metapool.recover import AnyRecovery
@@ -44,6 +51,12 @@ class Method(Protocol):
 
 METHODS = {
     "tgr": TGR,
+    "free": FREE,
+    "purer": PURER,
+    "bidf-mkd": BiDfMKD,
+    "teapot": Teapot,
+    "ota": OTA,
+    "dro": DRO,
     "ensemble": EnsembleAll,
     "best-single": BestSingle,
     "mean-single": MeanSingle,
@@ -52,7 +65,8 @@ METHODS = {
 }
 
 AnyMethod = Annotated[
-    TGR | EnsembleAll | BestSingle | MeanSingle | Average | Untrained, pydantic.Field(discriminator="name")
+    TGR | FREE | PURER | BiDfMKD | Teapot | OTA | DRO | EnsembleAll | BestSingle | MeanSingle | Average | Untrained,
+    pydantic.Field(discriminator="name"),
 ]
 
 NAMED: dict[str, AnyMethod] = {
@@ -150,7 +164,11 @@ def load_model(folder: Path) -> FewShotModel:
         kind = json.loads((folder / "model.json").read_text())["kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MetapoolError(f"{folder} holds no saved model: a model.json with a kind was expected") from error
-    kinds: dict[str, Callable[[Path], FewShotModel]] = {MetaModel.KIND: MetaModel.load, Ensemble.KIND: Ensemble.load}
+    kinds: dict[str, Callable[[Path], FewShotModel]] = {
+        MetaModel.KIND: MetaModel.load,
+        Ensemble.KIND: Ensemble.load,
+        Calibrated.KIND: Calibrated.load,
+    }
     if kind not in kinds:
         raise MetapoolError(f"{folder}/model.json: kind {kind!r} is not one of {', '.join(kinds)}")
     return kinds[kind](folder)

@@ -33,7 +33,6 @@ class _Baseline(Settings):
     paper: ClassVar[str] = "honest baseline"
     needs: ClassVar[Access] = "weights"
     version: ClassVar[int] = 1
-
     recovery: AnyRecovery = GeneratorRecovery()
     """How the bank is made that statistics are estimated and models chosen on."""
     standardise: bool = False
@@ -67,7 +66,6 @@ class Untrained(_Baseline):
     """A network with its initial weights: what the architecture alone gives."""
 
     needs: ClassVar[Access] = "nothing"
-
     name: Literal["untrained"] = "untrained"
     """Which method this is."""
     width: int = pydantic.Field(default=64, ge=1, le=512)
@@ -179,7 +177,6 @@ class Average(_Baseline):
     """Mean of the parameters of all models of one architecture; statistics re-estimated on the bank."""
 
     needs: ClassVar[Access] = "weights of one architecture"
-
     name: Literal["average"] = "average"
     """Which method this is."""
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -40,7 +40,7 @@ from metapool.learners import FewShotModel, ProtoNet
 from metapool.methods import AnyMethod, load_model, recovery_of
 from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
 from metapool.methods.tgr import TGR
-from metapool.student import CALIBRATION_IMAGES, Student
+from metapool.student import CALIBRATION_IMAGES, MetaTraining, Student
 from metapool.views import ViewSettings
 
 CHOICE = 200
@@ -209,6 +209,8 @@ class Costs:
         """
         if isinstance(method, TGR):
             return 0.0
+        if isinstance(method, MetaTraining) and recovery_of(method) is None:
+            return cast(float, self._once("fit", method, lambda: self._time_fit(method)))
         answers, models = self.answers(method), len(self.entries)
         if not isinstance(method, Untrained | BestSingle | MeanSingle | EnsembleAll | Average):
             return images * models * self._image  # a newcomer: all models look at all images
@@ -275,8 +277,9 @@ class Costs:
         """A model that answers in the time in which that of the method will."""
         if isinstance(method, Path):
             return load_model(method)
-        if isinstance(method, TGR | Untrained):
-            way, learner = (method.way, method.learner) if isinstance(method, TGR) else (5, ProtoNet(normalise=True))
+        if isinstance(method, MetaTraining | Untrained):
+            trained = method if isinstance(method, MetaTraining) else None
+            way, learner = (trained.way, trained.learner) if trained else (5, ProtoNet(normalise=True))
             whiten = method.whiten if isinstance(method, TGR) else 0.0
             images = noise(CALIBRATION_IMAGES, self.input)
             student = Student(method.width, way, learner, self.input, images, 0, whiten)
@@ -302,6 +305,17 @@ class Costs:
             choice = episode_seconds(model, encoded, checked, few)
         times = len(model.models) if isinstance(method, MeanSingle) and isinstance(model, Ensemble) else 1
         return Answers(image, episode, choice, model.parameter_count * times)
+
+    def _time_fit(self, method: Any) -> float:
+        """Seconds of a method that makes its images while it trains: by one step and by six, on the pool itself."""
+
+        def fit(steps: int) -> None:
+            short = method.model_copy(update={"steps": steps, "check_every": steps})
+            with tempfile.TemporaryDirectory() as folder:
+                short.fit(self.job.pool, Store(Path(folder), threads=self.job.store.threads), 0)
+
+        first, more = (seconds_of(partial(fit, steps)) for steps in (1, 6))
+        return first + int(method.steps - 1) * max(more - first, 0.0) / 5
 
     def _time_training(self, method: TGR) -> Training:
         """Three steps of every phase, the first to warm up."""
