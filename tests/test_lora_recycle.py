@@ -25,6 +25,7 @@ from metapool.base.transformer import AdaptedQKV, class_attention, is_adapter, o
 from metapool.check import CHECKS, World
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
+from metapool.interface.cli import main
 from metapool.interface.recipe import backbone_images
 from metapool.learners import ProtoNet
 from metapool.meta_model import MetaModel
@@ -41,7 +42,7 @@ TRAINING = PoolSettings(
     models=3, way=3, architectures=("vit-lora:16",), epochs=12, backbone_epochs=8, batch=16, shift=1, learning_rate=1e-2
 )
 RECOVERY = GeneratorRecovery(per_class=8, steps=10, code=16, width=8, shift=1, learning_rate=0.02, weights=PRIORS)
-SMALL = LoRARecycle(recovery=RECOVERY, way=3, query=3, tasks=2, steps=30, check_every=10)
+SMALL = LoRARecycle(recovery=RECOVERY, way=3, query=3, tasks=2, steps=30, check_every=10, learning_rate=5e-3)
 
 
 def network_of(architecture: Any, seed: int = 0, shape: cases.Shape = SHAPE, classes: int = 3) -> Network:
@@ -414,6 +415,19 @@ def test_mistakes_are_one_error_before_anything_is_trained(
     with pytest.raises(MetapoolError, match=message):
         build_pool(IMAGES, settings, store, tmp_path / "pool", name="toy", seed=0, backbone_images=images)
     assert not store.root.exists()
+
+
+def test_the_command_takes_images_for_the_backbone(tmp_path: Path) -> None:
+    data = toys.write_images(tmp_path / "images", toys.stripes((0, 4), 5))
+    backbone = toys.write_images(tmp_path / "others", toys.stripes((1, 7, 9), 6))
+    main([
+        *("pool", "build", "--out", str(tmp_path / "pool"), "--data", str(data), "--backbone-data", str(backbone)),
+        *("--architectures", "vit-lora:16", "--models", "2", "--way", "2", "--epochs", "1", "--backbone-epochs", "1"),
+        *("--size", "16", "--channels", "1", "--jobs", "1", "--store", str(tmp_path / "store")),
+    ])  # fmt: skip
+    pool = ModelPool.open(tmp_path / "pool")
+    assert [entry.network.architecture for entry in pool.manifest.models] == ["vit-lora", "vit-lora"]
+    assert "trained on 3 classes of other images" in pool.manifest.models[1].provenance
 
 
 def test_a_backbone_learns_from_the_other_domains() -> None:
