@@ -1,7 +1,8 @@
 """The input: a pool of frozen classifiers, each with its input spec, class names and provenance.
 
-On disk a pool is a folder: ``pool.json`` (pydantic, versioned) and one safetensors file per model. Nothing in it is
-code; a file that does not fit its entry (hash, names, shapes, finite values) is refused before it is used.
+On disk a pool is a folder: ``pool.json`` (pydantic, versioned), one safetensors file per model, and one more for the
+backbone that models share which are adapters of it (``vit-lora``). Nothing in it is code; a file that does not fit its
+entry (hash, names, shapes, finite values) is refused before it is used.
 """
 
 import os
@@ -19,9 +20,11 @@ from metapool.base.errors import MetapoolError
 from metapool.base.images import InputSpec
 from metapool.base.networks import NetworkSpec, build
 from metapool.base.store import Settings, digest_of, digest_of_file
+from metapool.base.transformer import own_and_shared
 
 MAX_TENSORS = 20_000
-Access = Literal["weights", "weights of one architecture", "answers", "nothing"]
+BACKBONE = "_backbone.safetensors"  # no model can have this name
+Access = Literal["weights", "weights of one architecture", "adapters of one backbone", "answers", "nothing"]
 """What a method must have of the pool's models: all of it, no more than what a service answers, or less."""
 Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
@@ -39,6 +42,8 @@ class ModelEntry(Settings):
     """Names of its outputs, in order."""
     sha256: str = pydantic.Field(pattern="^[0-9a-f]{64}$")
     """Hash of its safetensors file."""
+    backbone: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Hash of the pool's backbone file, for a model whose own file holds only adapters and a head."""
     accuracy: float | None = pydantic.Field(default=None, ge=0, le=100)
     """Percent correct on held-out images of its own task, as its maker measured it."""
     licence: str = ""
@@ -222,6 +227,8 @@ class ModelPool(Sequence[PretrainedModel]):
             raise MetapoolError(f"{file}: model id {repeated[0]!r} stands twice; ids must be unique")
         for entry in manifest.models:
             _check(entry, file)
+        if len({entry.backbone for entry in manifest.models} - {None}) > 1:
+            raise MetapoolError(f"{file}: its models name different backbones; a pool has one")
         return cls(Path(path), manifest)
 
     def add(self, model: PretrainedModel, dtype: torch.dtype = torch.float32) -> None:
@@ -232,8 +239,8 @@ class ModelPool(Sequence[PretrainedModel]):
             dtype: of the stored weights.
 
         Raises:
-            MetapoolError: when the id is taken or no file name, the model has no spec, or its classes or input do not
-                fit it.
+            MetapoolError: when the id is taken or no file name, the model has no spec, its classes or input do not fit
+                it, or it stands on another backbone than the pool's.
         """
         if model.spec is None:
             raise MetapoolError(f"model {model.id!r} has no architecture by name, so it cannot be stored in a pool")
@@ -243,25 +250,34 @@ class ModelPool(Sequence[PretrainedModel]):
             name: (value.to(dtype) if value.is_floating_point() else value).contiguous()
             for name, value in model.network.state_dict().items()
         }
-        temporary = self.path / f"weights.{os.getpid()}.tmp"
-        save_file(weights, temporary)
+        temporary, shared = (self.path / f"{name}.{os.getpid()}.tmp" for name in ("weights", "backbone"))
+        own, common = own_and_shared(weights)
+        save_file(own, temporary)
         try:
+            if common:
+                save_file(common, shared)
             entry = ModelEntry(
                 id=model.id,
                 network=model.spec,
                 input=model.input,
                 classes=model.classes,
                 sha256=digest_of_file(temporary),
+                backbone=digest_of_file(shared) if common else None,
                 accuracy=model.accuracy,
                 licence=model.licence,
                 provenance=model.provenance,
             )
             _check(entry, self.path)
+            if common and any(other.backbone not in (None, entry.backbone) for other in self.manifest.models):
+                raise MetapoolError(f"{self.path}: model {model.id!r} stands on another backbone than the pool's")
+            if common:
+                shared.replace(self.path / BACKBONE)
             temporary.replace(self.path / f"{entry.id}.safetensors")
         except pydantic.ValidationError as error:
             raise MetapoolError(f"model {model.id!r} cannot be stored: {_first_problem(error)}") from error
         finally:
             temporary.unlink(missing_ok=True)
+            shared.unlink(missing_ok=True)
         self._write(self.manifest.model_copy(update={"models": (*self.manifest.models, entry)}))
 
     @property
@@ -287,7 +303,8 @@ class ModelPool(Sequence[PretrainedModel]):
             16 hexadecimal digits.
         """
         entry = self._entry(id)
-        return digest_of([entry.sha256, entry.input.model_dump(), entry.classes, entry.network.model_dump()])
+        files = [entry.sha256] if entry.backbone is None else [entry.sha256, entry.backbone]
+        return digest_of([*files, entry.input.model_dump(), entry.classes, entry.network.model_dump()])
 
     def get(self, id: str) -> PretrainedModel:
         """Reads one model.
@@ -296,22 +313,19 @@ class ModelPool(Sequence[PretrainedModel]):
             id: its name.
 
         Returns:
-            The model, frozen, in float32.
+            The model, frozen, in float32; adapters together with their backbone.
         """
         entry = self._entry(id)
-        file = self.path / f"{id}.safetensors"
         network = build(entry.network, torch.Generator())
-        network.load_state_dict(_read_weights(file, entry, network.state_dict()))
+        own, common = own_and_shared(network.state_dict())
+        weights = _read_weights(self.path / f"{id}.safetensors", entry.sha256, entry, own)
+        if entry.backbone is not None:
+            weights |= _read_weights(self.path / BACKBONE, entry.backbone, entry, common)
+        network.load_state_dict(weights)
         return PretrainedModel(
-            id,
-            network,
-            entry.input,
-            entry.classes,
-            spec=entry.network,
-            accuracy=entry.accuracy,
-            licence=entry.licence,
-            provenance=entry.provenance,
-        )
+            id, network, entry.input, entry.classes,
+            spec=entry.network, accuracy=entry.accuracy, licence=entry.licence, provenance=entry.provenance,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.manifest.models)
@@ -350,6 +364,8 @@ def _check(entry: ModelEntry, where: Path) -> None:
         )
     if entry.input.shape != (entry.network.channels, entry.network.height, entry.network.image_width):
         raise MetapoolError(f"{where}: model {entry.id!r}: its input and its network differ in channels or size")
+    if (entry.backbone is None) == (entry.network.architecture == "vit-lora"):
+        raise MetapoolError(f"{where}: model {entry.id!r}: adapters, and nothing else, name the backbone they stand on")
 
 
 def _first_problem(error: Exception) -> str:
@@ -359,11 +375,11 @@ def _first_problem(error: Exception) -> str:
     return str(error)
 
 
-def _read_weights(file: Path, entry: ModelEntry, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def _read_weights(file: Path, sha256: str, entry: ModelEntry, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights that fit the network, or one clear error; nothing is loaded before names, shapes and hash agree."""
     if not file.is_file():
         raise MetapoolError(f"{file} is missing: pool.json names model {entry.id!r}")
-    if digest_of_file(file) != entry.sha256:
+    if digest_of_file(file) != sha256:
         raise MetapoolError(f"{file}: its SHA-256 is not the one in pool.json; the file was changed or cut off")
     try:
         with safe_open(file, "pt") as opened:

@@ -1,4 +1,4 @@
-"""The network that meta-training shapes, a Conv4 with a learner, calibrated on what it was trained on; and its loop."""
+"""What meta-training shapes, most often a Conv4 with a learner, calibrated on what it was trained on; and its loop."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +21,9 @@ from metapool.training import Training
 CALIBRATION_IMAGES = 1024
 
 
-class MetaTraining(Settings):
-    """What the methods that train a network share: its size, how it answers, how long it learns."""
+class EpisodicTraining(Settings):
+    """What the methods that train share: their episodes, and how long they learn."""
 
-    learner: AnyLearner = ProtoNet(normalise=True, temperature=0.15)
-    """How the meta-model answers an episode."""
-    width: int = pydantic.Field(default=64, ge=1, le=512)
-    """Of the meta-model, a Conv4."""
     way: int = pydantic.Field(default=5, ge=2)
     """Classes of a training episode, and outputs of the head."""
     shot: int = pydantic.Field(default=1, ge=1)
@@ -44,7 +40,89 @@ class MetaTraining(Settings):
     """Steps between checkpoints, each a candidate on validation classes."""
 
 
-class Student:
+class MetaTraining(EpisodicTraining):
+    """What the methods that train a Conv4 share besides: its size, and how it answers."""
+
+    learner: AnyLearner = ProtoNet(normalise=True, temperature=0.15)
+    """How the meta-model answers an episode."""
+    width: int = pydantic.Field(default=64, ge=1, le=512)
+    """Of the meta-model, a Conv4."""
+
+
+class Trainee:
+    """Whatever becomes a few-shot model by training its parameters.
+
+    Attributes:
+        seed: of the episodes that candidates are compared on.
+    """
+
+    seed: int
+
+    def model(self, params: Params, history: Sequence[Mapping[str, Any]] = ()) -> MetaModel:
+        """A few-shot model with these parameters.
+
+        Args:
+            params: detached parameters.
+            history: the training record to keep with it.
+
+        Returns:
+            The model; it shares the trainee's network, so the next call changes it.
+
+        Raises:
+            NotImplementedError: here; each kind has its own.
+        """
+        raise NotImplementedError
+
+    def train(
+        self,
+        training: Training,
+        settings: EpisodicTraining,
+        take: Callable[[int], dict[str, Any]],
+        store: Store,
+        key: Key,
+        validation: LabelledImages | None,
+        folder: Path,
+        **also: State,
+    ) -> None:
+        """The checkpointed loop of a method; its best candidate on validation classes is saved.
+
+        Args:
+            training: the parameters.
+            settings: how many steps, and how often a candidate is looked at.
+            take: one step of the method, by its number; gives the step's record.
+            store: keeps the checkpoints.
+            key: what the checkpoints depend on.
+            validation: images of meta-validation classes; without them the last weights are the best.
+            folder: is filled with the trained model.
+            **also: what else the next step depends on.
+        """
+        state = States(training=training, **also)
+        for step in store.steps("meta-train", key, state, settings.steps, settings.check_every):
+            record = take(step)
+            if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
+                record["validation"] = self.accuracy(training.kept(), validation)
+                training.keep_if_better(record["validation"])
+            training.records.append(record)
+        self.model(training.best_params, training.records).save(folder)
+
+    def accuracy(self, params: Params, validation: LabelledImages | None, episodes: int = 200) -> float | None:
+        """1-shot accuracy on validation classes.
+
+        Args:
+            params: detached parameters.
+            validation: images of meta-validation classes.
+            episodes: number of episodes; the same ones at every call.
+
+        Returns:
+            Percent; none without validation classes.
+        """
+        if validation is None:
+            return None
+        drawn = sample_episodes(validation, min(5, len(validation.classes)), 1, 5, episodes, self.seed)
+        return evaluate(self.model(params), validation, drawn).interval.mean
+
+
+class Student(Trainee):
     """A Conv4 whose batch-norm statistics, at inference, are those of images like the ones that it was trained on.
 
     Args:
@@ -143,51 +221,3 @@ class Student:
     def _calibrate(self, params: Params) -> None:
         """Loads parameters into the network, with the batch-norm statistics that belong to them."""
         self.network.load_state_dict({**params, **running_statistics(self.network, params, self.calibration)})
-
-    def train(
-        self,
-        training: Training,
-        settings: MetaTraining,
-        take: Callable[[int], dict[str, Any]],
-        store: Store,
-        key: Key,
-        validation: LabelledImages | None,
-        folder: Path,
-        **also: State,
-    ) -> None:
-        """The checkpointed loop of a method; its best candidate on validation classes is saved.
-
-        Args:
-            training: the parameters.
-            settings: how many steps, and how often a candidate is looked at.
-            take: one step of the method, by its number; gives the step's record.
-            store: keeps the checkpoints.
-            key: what the checkpoints depend on.
-            validation: images of meta-validation classes; without them the last weights are the best.
-            folder: is filled with the trained model.
-            **also: what else the next step depends on.
-        """
-        state = States(training=training, **also)
-        for step in store.steps("meta-train", key, state, settings.steps, settings.check_every):
-            record = take(step)
-            if (step + 1) % settings.check_every == 0 or step + 1 == settings.steps:
-                record["validation"] = self.accuracy(training.kept(), validation)
-                training.keep_if_better(record["validation"])
-            training.records.append(record)
-        self.model(training.best_params, training.records).save(folder)
-
-    def accuracy(self, params: Params, validation: LabelledImages | None, episodes: int = 200) -> float | None:
-        """1-shot accuracy on validation classes.
-
-        Args:
-            params: detached parameters.
-            validation: images of meta-validation classes.
-            episodes: number of episodes; the same ones at every call.
-
-        Returns:
-            Percent; none without validation classes.
-        """
-        if validation is None:
-            return None
-        drawn = sample_episodes(validation, min(5, len(validation.classes)), 1, 5, episodes, self.seed)
-        return evaluate(self.model(params), validation, drawn).interval.mean

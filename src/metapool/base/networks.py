@@ -1,9 +1,9 @@
-"""Networks by name: the Conv4, ResNet-10 and ResNet-18 of the few-shot papers, with a width.
+"""Networks by name, with a width: Conv4, ResNet-10 and ResNet-18 of the few-shot papers, a small vision transformer.
 
 Every network is an encoder and a head: ``features(images) -> [N, D]`` and ``forward = head(features)``.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
 import pydantic
 import torch
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from metapool.base.functional import BatchNorm, convolve_and_normalise
 from metapool.base.store import Settings
+from metapool.base.transformer import HEAD_WIDTH, PATCH, initialise_transformer, vision_transformer
 
-Architecture = Literal["conv4", "resnet10", "resnet18"]
+Architecture = Literal["conv4", "resnet10", "resnet18", "vit", "vit-lora"]
 RESNET_BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
 
 
@@ -21,9 +22,9 @@ class NetworkSpec(Settings):
     """Name and size of a network: all that is needed to build it before its weights are loaded."""
 
     architecture: Architecture
-    """``conv4``, ``resnet10`` or ``resnet18``."""
+    """``conv4``, ``resnet10``, ``resnet18``, ``vit``, or ``vit-lora``: the same with low-rank adapters."""
     width: int = pydantic.Field(ge=1, le=512)
-    """Channels of the first block; ResNets double it at every further stage."""
+    """Channels of the first block; ResNets double it at every further stage. Of a transformer, that of its tokens."""
     classes: int = pydantic.Field(ge=1, le=10_000)
     """Outputs of the head."""
     channels: int = pydantic.Field(ge=1, le=16)
@@ -32,6 +33,15 @@ class NetworkSpec(Settings):
     """Image height; Conv4's features depend on it."""
     image_width: int = pydantic.Field(ge=16, le=1024)
     """Image width."""
+
+    @pydantic.model_validator(mode="after")
+    def _whole_heads_and_patches(self) -> Self:
+        if self.architecture in ("vit", "vit-lora"):
+            if self.width % HEAD_WIDTH:
+                raise ValueError(f"width {self.width}: a transformer's is a multiple of {HEAD_WIDTH}")
+            if self.height % PATCH or self.image_width % PATCH:
+                raise ValueError(f"a transformer's images have sides that are multiples of {PATCH}")
+        return self
 
 
 class Network(nn.Module):
@@ -142,7 +152,7 @@ class ResidualBlock(nn.Module):
 
 
 def build(spec: NetworkSpec, generator: torch.Generator) -> Network:
-    """A freshly initialised network (He et al. 2015 for convolutions, zero biases).
+    """A freshly initialised network (He et al. 2015 for convolutions, zero biases; Xavier for transformers).
 
     Args:
         spec: which.
@@ -157,6 +167,13 @@ def build(spec: NetworkSpec, generator: torch.Generator) -> Network:
             *[ConvBlock(spec.channels if block == 0 else width, width) for block in range(4)], nn.Flatten()
         )
         dimension = width * (spec.height // 16) * (spec.image_width // 16)
+    elif spec.architecture in ("vit", "vit-lora"):
+        adapted = spec.architecture == "vit-lora"
+        transformer = vision_transformer(width, spec.channels, spec.height, spec.image_width, adapted=adapted)
+        network = Network(nn.Sequential(transformer), width, spec.classes)
+        initialise(network.head, generator)
+        initialise_transformer(transformer, generator)
+        return network.eval()
     else:
         stem = [nn.Conv2d(spec.channels, width, 3, padding=1, bias=False), BatchNorm(width), nn.ReLU(inplace=True)]
         blocks: list[nn.Module] = []

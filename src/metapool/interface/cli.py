@@ -190,6 +190,9 @@ class PoolBuild:
     """Side of the images in pixels, for a folder or CSV."""
     channels: int = 3
     """Image channels, for a folder or CSV: 1 grey, 3 colour."""
+    backbone_data: str | None = None
+    """What the backbone of `vit-lora` models learns from, named like --data; the shipped domains other than --data when
+    not given, so that it knows none of the pool's classes."""
     settings: Annotated[PoolSettings, tyro.conf.arg(name="")] = field(default_factory=PoolSettings)
     """How the models are trained."""
     licence: str = ""
@@ -206,7 +209,13 @@ class PoolBuild:
         with _progress() as progress:
             images = recipes.training_images(self.data, self.size, self.channels, self.root)
             store = Store(self.store, jobs=self.jobs or recipes.cores(), progress=progress)
-            build_pool(images, self.settings, store, self.out, name=self.out.name, seed=self.seed, licence=self.licence)
+            backbone_images = None
+            if any(text.startswith("vit-lora") for text in self.settings.architectures):
+                backbone_images = recipes.backbone_images(self.data, self.backbone_data, self.size, self.channels)
+            build_pool(
+                images, self.settings, store, self.out, name=self.out.name, seed=self.seed, licence=self.licence,
+                backbone_images=backbone_images,
+            )  # fmt: skip
         PoolShow(str(self.out))()
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from metapool.base.errors import MetapoolError
 from metapool.base.store import Progress, Store, silent
 from metapool.evaluate import Interval, Scores, paired_difference
-from metapool.interface.recipe import Recipe
+from metapool.interface.recipe import Recipe, open_pool
 from metapool.interface.run import Line, prepare, results
 from metapool.interface.run.files import replace_text, run_file, write_json
-from metapool.methods import NAMED, describe
+from metapool.methods import NAMED, describe, suits
 
 
 def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress = silent) -> Path:
@@ -21,8 +21,8 @@ def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress
 
     Args:
         recipe: pool, episodes, the method that is the headline; its own rivals are left out.
-        names: of the rivals, as in a recipe's ``compare``; ``all`` for every one that has a name, ``ensemble-5`` and
-            ``input-control``.
+        names: of the rivals, as in a recipe's ``compare``; ``all`` for every one that has a name and suits the pool,
+            ``ensemble-5`` and ``input-control``.
         seeds: how many, from the recipe's own on.
         progress: called as ``progress(stage, done, total)``.
 
@@ -35,7 +35,10 @@ def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress
     if seeds < 1:
         raise MetapoolError(f"--seeds: at least 1, not {seeds}")
     main = recipe.method.name
-    rivals = [*NAMED, "ensemble-5", "input-control"] if list(names) == ["all"] else list(names)
+    rivals = list(names)
+    if rivals == ["all"]:
+        pool = open_pool(recipe.pool)
+        rivals = [*(name for name, method in NAMED.items() if suits(method, pool)), "ensemble-5", "input-control"]
     recipe = recipe.model_copy(update={"compare": tuple(name for name in rivals if name != main)})
     job = prepare(recipe, progress)
     found = [results(job, recipe.seed + number) for number in range(seeds)]

@@ -2,10 +2,12 @@
 
 import os
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
+import torch
 import yaml
 
 from metapool.base.errors import MetapoolError
@@ -228,6 +230,29 @@ def training_images(data: str, size: int, channels: int, root: str | None = None
     named = data in (*datasets.SHIPPED, *datasets.BENCHMARKS)
     split = "train" if named or (Path(data) / "train").is_dir() else None
     return datasets.load(data, split, root=root, channels=channels, height=size, width=size)
+
+
+def backbone_images(data: str, given: str | None, size: int, channels: int) -> LabelledImages:
+    """Real images that the backbone of adapters learns from.
+
+    Args:
+        data: what the models themselves learn from.
+        given: named like it; the meta-train classes of the other shipped domains when not given.
+        size: side of the images of a folder or CSV file.
+        channels: of the images of a folder or CSV file.
+
+    Returns:
+        The images, in colour where they come from several domains.
+    """
+    if given is not None:
+        return training_images(given, size, channels)
+    parts = {name: datasets.shipped(name, "train") for name in datasets.SHIPPED if name != data}
+    first = [0, *accumulate(len(part.classes) for part in parts.values())]
+    return LabelledImages(
+        torch.cat([part.images.expand(-1, 3, -1, -1) for part in parts.values()]),
+        torch.cat([part.labels + start for part, start in zip(parts.values(), first)]),
+        tuple(f"{name}/{label}" for name, part in parts.items() for label in part.classes),
+    )
 
 
 def cores() -> int:

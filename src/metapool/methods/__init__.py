@@ -21,6 +21,7 @@ from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSin
 from metapool.methods.bidf_mkd import BiDfMKD
 from metapool.methods.dro import DRO
 from metapool.methods.free import FREE
+from metapool.methods.lora_recycle import FrozenBackbone, LoRARecycle
 from metapool.methods.ota import OTA
 from metapool.methods.purer import PURER
 from metapool.methods.purer.calibration import Calibrated
@@ -29,7 +30,7 @@ from metapool.methods.tgr import TGR
 from metapool.pool import Access, ModelPool
 from metapool.recover import AnyRecovery
 
-__all__ = ["METHODS", "NAMED", "AnyMethod", "Method", "describe", "load_model", "recovery_of"]
+__all__ = ["METHODS", "NAMED", "AnyMethod", "Method", "describe", "load_model", "recovery_of", "suits"]
 
 
 class Method(Protocol):
@@ -57,6 +58,8 @@ METHODS = {
     "teapot": Teapot,
     "ota": OTA,
     "dro": DRO,
+    "lora-recycle": LoRARecycle,
+    "frozen-backbone": FrozenBackbone,
     "ensemble": EnsembleAll,
     "best-single": BestSingle,
     "mean-single": MeanSingle,
@@ -65,7 +68,20 @@ METHODS = {
 }
 
 AnyMethod = Annotated[
-    TGR | FREE | PURER | BiDfMKD | Teapot | OTA | DRO | EnsembleAll | BestSingle | MeanSingle | Average | Untrained,
+    TGR
+    | FREE
+    | PURER
+    | BiDfMKD
+    | Teapot
+    | OTA
+    | DRO
+    | LoRARecycle
+    | FrozenBackbone
+    | EnsembleAll
+    | BestSingle
+    | MeanSingle
+    | Average
+    | Untrained,
     pydantic.Field(discriminator="name"),
 ]
 
@@ -128,6 +144,20 @@ def recovery_of(method: AnyMethod) -> AnyRecovery | None:
     """
     recovery: AnyRecovery | None = getattr(method, "recovery", None)
     return recovery
+
+
+def suits(method: Method, pool: ModelPool) -> bool:
+    """Whether a pool is of the kind that a method is made for: networks, or adapters of one backbone.
+
+    Args:
+        method: any.
+        pool: the models.
+
+    Returns:
+        Whether to try; a method itself says what it misses.
+    """
+    adapters = all(entry.backbone is not None for entry in pool.manifest.models)
+    return adapters == (method.needs == "adapters of one backbone")
 
 
 def describe(method: Method) -> dict[str, Any]:

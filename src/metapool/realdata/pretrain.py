@@ -1,9 +1,11 @@
 """Trains a pool from real images, and nothing else: the only maker of models in metapool that sees data.
 
 The pool of the paper: N models, each on its own random task of ``way`` meta-train classes, architectures in turn.
+Models that are adapters stand on one transformer, which is trained first, on images of its own, and then never moves.
 """
 
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -13,11 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metapool.bank import fit_bytes
 from metapool.base.errors import MetapoolError
 from metapool.base.functional import call, half_precision, in_chunks, params_of, running_statistics
 from metapool.base.images import InputSpec, LabelledImages, augment, to_float
 from metapool.base.networks import Architecture, NetworkSpec, build
 from metapool.base.store import Progress, Settings, Store, generator_for
+from metapool.base.transformer import is_adapter, own_and_shared
 from metapool.episodes import sample_episodes
 from metapool.learners import ProtoNet
 from metapool.meta_model import MetaModel
@@ -38,6 +42,8 @@ class PoolSettings(Settings):
     """``name:width``, taken in turn."""
     epochs: int = pydantic.Field(default=60, ge=1)
     """Passes over a model's training images."""
+    backbone_epochs: int = pydantic.Field(default=60, ge=1)
+    """Passes over the backbone's training images, where models are adapters."""
     batch: int = pydantic.Field(default=32, ge=2)
     """Images per step."""
     learning_rate: float = pydantic.Field(default=3e-3, gt=0)
@@ -61,6 +67,7 @@ def build_pool(
     name: str,
     seed: int,
     licence: str = "",
+    backbone_images: LabelledImages | None = None,
 ) -> ModelPool:
     """Trains and writes a pool; models already in the store are not trained again.
 
@@ -72,6 +79,7 @@ def build_pool(
         name: of the pool.
         seed: of everything random.
         licence: of the weights.
+        backbone_images: what the backbone of ``vit-lora`` models learns from; none of them need a model know.
 
     Returns:
         The pool.
@@ -97,9 +105,15 @@ def build_pool(
         )
     specs = [_parse(text, images, settings.way) for text in settings.architectures]
     ids = {f"{name}-{index:03d}": specs[index % len(specs)] for index in range(settings.models)}
-    shared = {**settings.model_dump(mode="json", exclude={"models", "architectures"}), "version": VERSION, "seed": seed}
-    keys = {id: {**shared, "data": images.digest(), "id": id, "network": spec.model_dump()} for id, spec in ids.items()}
-    folders = store.units("pretrained", keys, partial(_train_unit, images, settings, ids, seed, licence))
+    kept = settings.model_dump(mode="json", exclude={"models", "architectures", "backbone_epochs"})
+    shared = {**kept, "version": VERSION, "seed": seed, "data": images.digest()}
+    keys = {id: {**shared, "id": id, "network": spec.model_dump()} for id, spec in ids.items()}
+    backbone = _backbone(backbone_images, specs, settings, store, seed, licence)
+    for id, spec in ids.items():
+        if spec.architecture == "vit-lora":
+            assert backbone is not None
+            keys[id]["backbone"] = backbone.digest()
+    folders = store.units("pretrained", keys, partial(_train_unit, images, settings, ids, seed, licence, backbone))
     pool = ModelPool.create(out, name)
     for id, folder in folders.items():
         pool.add(ModelPool.open(folder).get(id), torch.float16)
@@ -126,7 +140,57 @@ def _parse(text: str, images: LabelledImages, way: int) -> NetworkSpec:
         )
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise MetapoolError(f"architecture {text!r}: {first['loc'][0]} {first['input']}: {first['msg']}") from error
+        where = f"{first['loc'][0]} {first['input']}: " if first["loc"] else ""
+        raise MetapoolError(f"architecture {text!r}: {where}{first['msg']}") from error
+
+
+def _backbone(
+    images: LabelledImages | None,
+    specs: list[NetworkSpec],
+    settings: PoolSettings,
+    store: Store,
+    seed: int,
+    licence: str,
+) -> ModelPool | None:
+    """A pool of one transformer that knows all classes of its images; none where no model is an adapter."""
+    adapted = {spec.digest(): spec for spec in specs if spec.architecture == "vit-lora"}
+    if not adapted:
+        return None
+    if len(adapted) > 1:
+        raise MetapoolError("the adapters of a pool stand on one backbone, so they have one width")
+    if images is None:
+        raise MetapoolError("vit-lora models are adapters: give images that their backbone learns from")
+    update = {"architecture": "vit", "classes": len(images.classes)}
+    spec = next(iter(adapted.values())).model_copy(update=update)
+    key = settings.model_dump(mode="json", exclude={"models", "architectures", "way", "epochs", "held_out"})
+    key |= {"data": images.digest(), "network": spec.model_dump(), "version": VERSION, "seed": seed}
+    train = partial(_train_backbone, images, spec, settings, seed, licence, partial(store.progress, "backbone"))
+    return ModelPool.open(store.artifact("backbone", key, train))
+
+
+def _train_backbone(
+    images: LabelledImages,
+    spec: NetworkSpec,
+    settings: PoolSettings,
+    seed: int,
+    licence: str,
+    progress: Callable[[int, int], None],
+    folder: Path,
+) -> None:
+    """A pool of one transformer, its weights rounded to float16 already, as the pool of its adapters holds them."""
+    generator = generator_for(seed, "backbone")
+    unscaled = InputSpec(
+        channels=spec.channels, height=spec.height, width=spec.image_width,
+        mean=(0.0,) * spec.channels, std=(1.0,) * spec.channels,
+    )  # fmt: skip
+    fitting = LabelledImages(fit_bytes(images.images, unscaled), images.labels, images.classes)
+    input = unscaled.model_copy(update=_moments(fitting.images))
+    network = build(spec, generator)
+    several = settings.model_copy(update={"epochs": settings.backbone_epochs})
+    state = fit_classifier(network, fitting, input, several, generator, progress)
+    network.load_state_dict({name: value.half().float() for name, value in state.items()})
+    model = PretrainedModel("backbone", network, input, images.classes, spec=spec, licence=licence)
+    ModelPool.create(folder, "backbone").add(model)
 
 
 def _train_unit(
@@ -135,15 +199,23 @@ def _train_unit(
     specs: dict[str, NetworkSpec],
     seed: int,
     licence: str,
+    backbone: ModelPool | None,
     id: str,
     folder: Path,
 ) -> None:
-    model = pretrain(images, specs[id], settings, seed, id, licence)
+    under = backbone[0] if backbone is not None and specs[id].architecture == "vit-lora" else None
+    model = pretrain(images, specs[id], settings, seed, id, licence, under)
     ModelPool.create(folder, id).add(model, torch.float16)
 
 
 def pretrain(
-    images: LabelledImages, spec: NetworkSpec, settings: PoolSettings, seed: int, id: str, licence: str = ""
+    images: LabelledImages,
+    spec: NetworkSpec,
+    settings: PoolSettings,
+    seed: int,
+    id: str,
+    licence: str = "",
+    backbone: PretrainedModel | None = None,
 ) -> PretrainedModel:
     """One classifier on one random task.
 
@@ -154,6 +226,7 @@ def pretrain(
         seed: of the pool.
         id: the model's name, which makes its seed.
         licence: of the weights.
+        backbone: what adapters stand on; its input is theirs.
 
     Returns:
         The trained model with its accuracy on the images held out.
@@ -164,6 +237,10 @@ def pretrain(
     training, held_out = split_within_classes(task, settings.held_out, generator)
     input = InputSpec(channels=spec.channels, height=spec.height, width=spec.image_width, **_moments(training.images))
     network = build(spec, generator)
+    if backbone is not None:
+        input = backbone.input
+        weights = backbone.network.state_dict()
+        network.load_state_dict({n: w for n, w in weights.items() if not is_adapter(n)}, strict=False)
     state = fit_classifier(network, training, input, settings, generator)
     network.load_state_dict(state)
     model = PretrainedModel(id, network, input, task.classes, spec=spec, licence=licence)
@@ -175,6 +252,8 @@ def pretrain(
         f"metapool pool build: {spec.architecture} width {spec.width}, {len(training)} images of {settings.way} "
         f"classes, {settings.epochs} epochs, seed {seed}; accuracy on {len(held_out)} held-out images"
     )
+    if backbone is not None:
+        model.provenance += f"; the backbone, frozen, was trained on {len(backbone.classes)} classes of other images"
     return model
 
 
@@ -208,8 +287,11 @@ def fit_classifier(
     input: InputSpec,
     settings: PoolSettings,
     generator: torch.Generator,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Cross-entropy training with one-cycle AdamW; batch-norm statistics re-estimated at the end.
+
+    Of a network with adapters, only they and the head learn.
 
     Args:
         network: freshly initialised; not changed.
@@ -217,18 +299,19 @@ def fit_classifier(
         input: their normalisation.
         settings: epochs, batch, learning rate, augmentation.
         generator: order and augmentation.
+        progress: called after every epoch.
 
     Returns:
         The trained state dict.
     """
-    params = params_of(network)
+    params, _ = own_and_shared(params_of(network))
     optimizer = torch.optim.AdamW(list(params.values()), weight_decay=settings.weight_decay)
     batches = len(images) // settings.batch or 1
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.epochs * batches, cycle_momentum=False
     )
     floats = to_float(images.images)
-    for _ in range(settings.epochs):
+    for epoch in range(settings.epochs):
         order = torch.randperm(len(images), generator=generator)
         for batch in order[: batches * settings.batch].chunk(batches):
             seen = augment(floats[batch], settings.shift, settings.zoom, generator)
@@ -238,9 +321,10 @@ def fit_classifier(
             F.cross_entropy(logits.float(), images.labels[batch]).backward()
             optimizer.step()
             schedule.step()
+        progress(epoch + 1, settings.epochs)
     seen = augment(floats, settings.shift, settings.zoom, generator)
     statistics = running_statistics(network, params, input.prepare(seen))
-    return {**{name: value.detach() for name, value in params.items()}, **statistics}
+    return {**network.state_dict(), **{name: value.detach() for name, value in params.items()}, **statistics}
 
 
 def _moments(images: Tensor) -> dict[str, tuple[float, ...]]:
