@@ -1,6 +1,7 @@
 """Many methods, several seeds, one table; and the list of methods."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,13 @@ def test_methods_are_listed(capsys: Output) -> None:
     out = capsys.readouterr().out
     assert "tgr-maml" in out
     assert "weights of one" in out
+
+
+@pytest.mark.parametrize("name", ["methods", "differences"])
+def test_committed_pages_show_the_committed_comparisons(name: str) -> None:
+    root = Path(__file__).parent.parent
+    tool = runpy.run_path(str(root / "tools" / "update_methods.py"))
+    page = (root / "docs" / f"{name}.md").read_text()
+    assert tool["filled"](name) == page
+    if (root / "benchmarks" / "results" / f"{name}.json").is_file():
+        assert "CPU seconds" in page

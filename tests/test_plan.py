@@ -17,6 +17,7 @@ from metapool.interface.plan.timing import seconds_at
 from metapool.interface.recipe import Evaluation, Recipe, recipe_text
 from metapool.interface.run import run
 from metapool.learners import MAML
+from metapool.methods.free import FREE
 from metapool.methods.tgr import TGR
 from metapool.recover import PixelRecovery
 from metapool.views import ViewSettings
@@ -287,3 +288,15 @@ def test_many_steps_lie_on_the_line_through_a_few() -> None:
     assert seconds_at(100, lambda steps: 2.0 + 0.5 * steps) == pytest.approx(52)
     assert seconds_at(3, lambda steps: 2.0 + 0.5 * steps**2) == pytest.approx(6.5), "few steps are timed as they are"
     assert seconds_at(100, lambda steps: 5.0 - steps) == 4.0, "more steps never take less"
+
+
+def test_a_method_that_makes_its_images_as_it_goes_is_timed_by_a_few_steps_of_its_own(
+    world: Path, tmp_path: Path
+) -> None:
+    short, long = (FREE(**{**toys.SMALL[FREE], "steps": steps}) for steps in (12, 1200))
+    planned = plan(only(world, tmp_path, method=short, compare=("long",), variants={"long": long}))
+    stages = {stage.name: stage for stage in planned.stages}
+    assert set(stages) == {"fit", "scores", "cost"}, "it has no bank"
+    seconds = {part.name: part.seconds for part in stages["fit"].parts}
+    assert seconds["long"] > 10 * seconds["free"] > 0
+    assert not (tmp_path / "store").exists() or not list((tmp_path / "store").rglob("made.json"))
