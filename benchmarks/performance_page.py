@@ -20,6 +20,7 @@ from metapool.interface.run.files import replace_text
 
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/performance.md")
 JOB_GOAL = 300
+HUNDRED_GOAL = 20.0  # minutes
 """Seconds of the whole main job."""
 EMBEDDING_GOAL = 3
 """Plain training steps that a Fisher embedding may cost."""
@@ -250,6 +251,27 @@ def growing(result: Result) -> list[str]:
     return lines
 
 
+def hundred(result: Result) -> list[str]:
+    """A whole run of a large pool, with the main recipe's steps.
+
+    Args:
+        result: of ``growth.py`` with these steps and one number of models.
+
+    Returns:
+        Lines.
+    """
+    (pool,) = result["pools"]
+    minutes = pool["seconds"] / 60
+    return [
+        f"{pool['models']} models with the main recipe's steps, from recovery to evaluation, from an empty store: "
+        f"{minutes:.1f} minutes with {result['settings']['jobs']} workers on {result['machine']['cpu']}, "
+        f"{pool['peak']['resident_mb'] / 1000:.1f} GB at the peak. "
+        f"Goal: {HUNDRED_GOAL} minutes, {missed(1 / minutes, 1 / HUNDRED_GOAL)}.",
+        "",
+        *growth.table(result).rstrip("\n").split("\n"),
+    ]
+
+
 def limit(result: Result) -> list[str]:
     """How near layers and steps come to what the machine can do, and where a step's time goes.
 
@@ -289,6 +311,7 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Result], list[str]], str]] = {
     "Recovery: quality against cost": ("recovery.json", "recovery.py", quality, "recovery.svg"),
     "Accuracy over time": ("accuracy_over_time.json", "accuracy_over_time.py", over_time, "accuracy-over-time.svg"),
     "Growth with the number of models": ("growth.json", "growth.py", growing, "growth.svg"),
+    "A hundred models": ("hundred.json", "growth.py --models 100 --recovery-steps 60 --steps 240", hundred, ""),
     "Distance to the machine's limit": ("machine.json", "machine.py", limit, "roofline.svg"),
 }
 """By title: result file, script, what is said of it, and a figure beside the page."""

@@ -50,6 +50,7 @@ def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress
     table = {
         name: {
             **({} if name in job.references else {k: v for k, v in describe(job.methods[name]).items() if k != "cost"}),
+            **({} if name in job.references else {"settings": job.methods[name].model_dump(mode="json")}),
             **every[0].row,
             "seconds": None if name in job.references else [_seconds(one, job.store) for one in every],
             "shots": {
@@ -90,7 +91,7 @@ def table_of(result: dict[str, Any]) -> str:
     Returns:
         The table and a sentence that says what its numbers are.
     """
-    shots = list(next(iter(result["methods"].values()))["shots"])
+    shots, several = list(next(iter(result["methods"].values()))["shots"]), len(result["seeds"]) > 1
     heads = ["method", *(f"{shot}-shot" for shot in shots), "CPU seconds", "networks", "ms / image", "needs"]
     rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for name, row in result["methods"].items():
@@ -101,7 +102,10 @@ def table_of(result: dict[str, Any]) -> str:
             if row["transductive"]
             else name
         )
-        accuracies = (f"{s['mean']:.1f} ± {s['ci95']:.1f} ({s['between_seeds']:.1f})" for s in row["shots"].values())
+        accuracies = (
+            f"{s['mean']:.1f} ± {s['ci95']:.1f}" + (f" ({s['between_seeds']:.1f})" if several else "")
+            for s in row["shots"].values()
+        )
         seconds = "" if row["seconds"] is None else f"{statistics.fmean(row['seconds']):.0f}"
         cells = [
             shown,
@@ -113,11 +117,15 @@ def table_of(result: dict[str, Any]) -> str:
         ]
         rows.append("| " + " | ".join(cells) + " |")
     episodes = result["episodes"]
+    over = (
+        f"mean over {len(result['seeds'])} seeds with the 95 % interval over episodes and, in brackets, the standard "
+        "deviation between seeds"
+        if several
+        else f"with 95 % intervals over episodes, seed {result['seeds'][0]} alone"
+    )
     said = (
         f"{episodes['n']} {episodes['way']}-way episodes of unseen classes, {episodes['query']} queries a class; "
-        f"percent, mean over {len(result['seeds'])} seeds with the 95 % interval over episodes and, in brackets, the "
-        "standard deviation between seeds. CPU seconds: all that one such model was made of, from the pool on, each "
-        "part on one thread."
+        f"percent, {over}. CPU seconds: all that one such model was made of, from the pool on, each part on one thread."
     )
     return "\n".join([*rows, "", said, ""])
 

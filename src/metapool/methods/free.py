@@ -114,7 +114,7 @@ class FREE(MetaTraining):
     """Share of the steps, the first ones, in which φ learns alone and without the adversarial loss."""
     inner_rate: float = pydantic.Field(default=0.01, gt=0)
     """Of BELL's steps from model to model, η."""
-    steps: int = pydantic.Field(default=120, ge=1)
+    steps: int = pydantic.Field(default=220, ge=1)
     """Steps of the method, those of the warm-up among them."""
     memory: int = pydantic.Field(default=100, ge=1)
     """Latest images of a class name that are kept for replay."""

@@ -95,7 +95,7 @@ class BiDfMKD(MetaTraining):
     visits go on."""
     label_only: bool = False
     """Whether services answer with a class and no probabilities; such are refused, since they give no slope."""
-    steps: int = pydantic.Field(default=165, ge=1)
+    steps: int = pydantic.Field(default=290, ge=1)
     """Steps, each of distillation and replay."""
     visit_every: int = pydantic.Field(default=5, ge=1)
     """Steps from one visit of a service to the next."""

@@ -118,15 +118,15 @@ class PURER(MetaTraining):
     """Of the inversion loss."""
     adversarial: float = pydantic.Field(default=10.0, ge=0)
     """Weight of the outer loss that the images ascend when the switch is on; 0 leaves the curriculum out."""
-    curriculum_start: int = pydantic.Field(default=550, ge=0)
+    curriculum_start: int = pydantic.Field(default=1100, ge=0)
     """Number of the first step that makes episodes harder."""
     patience: int = pydantic.Field(default=6, ge=1)
     """Steps without a new best accuracy on pseudo queries after which episodes are made harder again."""
     episodes: int = pydantic.Field(default=4, ge=1)
     """Pseudo episodes of a step of the meta-model."""
-    steps: int = pydantic.Field(default=1100, ge=1)
+    steps: int = pydantic.Field(default=2200, ge=1)
     """Steps, each of images and meta-model."""
-    check_every: int = pydantic.Field(default=110, ge=1)
+    check_every: int = pydantic.Field(default=220, ge=1)
     """Steps between checkpoints, each a candidate on validation classes."""
     calibrate: bool = False
     """Calibrate the encoder anew for every episode that is answered (ICFIL); each then takes about a second."""

@@ -150,6 +150,8 @@ class Teapot(MetaTraining):
     """How the meta-model answers an episode; features are mixed, so it answers by features."""
     teachers: int = pydantic.Field(default=4, ge=1)
     """Models of one step, n."""
+    steps: int = pydantic.Field(default=370, ge=1)
+    """Steps, each on the teachers and then on the memory."""
     memory_updates: int = pydantic.Field(default=4, ge=0)
     """Optimiser steps on the memory after each step on the teachers."""
     memory_tasks: int = pydantic.Field(default=4, ge=1)
