@@ -49,6 +49,7 @@ def test_it_holds_every_method_and_no_rival_of_the_recipe(result: dict[str, Any]
     means = [sum(shot["mean"] for shot in row["shots"].values()) for row in result["methods"].values()]
     assert means == sorted(means, reverse=True)
     assert result["seeds"] == [0, 1]
+    assert result["command"] == "metapool compare tiny --methods untrained ensemble --seeds 2"
     assert result["recipe"]["evaluation"] == recipe.evaluation.model_dump(mode="json")
     assert result["methods"]["untrained"]["needs"] == "nothing"
     assert result["methods"]["ensemble"]["models_at_inference"] == 3

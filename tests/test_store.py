@@ -412,6 +412,18 @@ def test_ancestry_has_every_part_once_with_its_own_seconds(tmp_path: Path) -> No
     assert Store(tmp_path).ancestry(folder) == found, "what is gone is still known"
 
 
+def test_an_artifact_of_an_earlier_version_is_used_and_counts_its_seconds(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    folder = nested(store)
+    file = folder / "made.json"
+    made = json.loads(file.read_text())
+    file.write_text(json.dumps({name: made[name] for name in made if name not in ("parts", "cpu_seconds")}))
+    later = Store(tmp_path)
+    assert nested(later) == folder, "it is not made again"
+    (line,) = later.ancestry(folder).values()
+    assert line["cpu_seconds"] == line["seconds"] == made["seconds"]
+
+
 def test_several_states_are_carried_as_one() -> None:
     first, second = torch.nn.Linear(2, 1), torch.nn.Linear(3, 1)
     both = States(first=first, second=second)

@@ -295,8 +295,7 @@ class Store:
         Returns:
             By ``kind/digest``, when each was made and what it took by itself: seconds, and those of the processor.
         """
-        made = json.loads((folder / "made.json").read_text())
-        return {f"{folder.parent.name}/{folder.name}": _brief(made), **made["parts"]}
+        return _line_of(folder)
 
     def _full(self, key: Key, *, unit: bool) -> dict[str, Any]:
         return {**key, "threads": self.unit_threads if unit else self.threads}
@@ -317,9 +316,9 @@ class Store:
             self._inner = (outer[0] + elapsed[0], outer[1] + elapsed[1])
 
     def _note(self, kind: str, folder: Path) -> Path:
-        made = json.loads((folder / "made.json").read_text())
-        self.used[f"{kind}/{folder.name}"] = _brief(made)
-        self._parts |= {f"{kind}/{folder.name}": _brief(made), **made["parts"]}
+        line = _line_of(folder)
+        self._parts |= line
+        self.used[f"{kind}/{folder.name}"] = line[f"{kind}/{folder.name}"]
         return folder
 
 
@@ -336,8 +335,11 @@ def _since(started: tuple[float, float]) -> tuple[float, float]:
     return now[0] - started[0], now[1] - started[1]
 
 
-def _brief(made: dict[str, Any]) -> dict[str, Any]:
-    return {name: made[name] for name in ("seconds", "cpu_seconds", "made")}
+def _line_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """An artifact and what it was made from; earlier versions noted neither parts nor the processor's seconds."""
+    made = {"parts": {}, **json.loads((folder / "made.json").read_text())}
+    brief = {"seconds": made["seconds"], "cpu_seconds": made.get("cpu_seconds", made["seconds"]), "made": made["made"]}
+    return {f"{folder.parent.name}/{folder.name}": brief, **made["parts"]}
 
 
 def _make(

@@ -66,9 +66,9 @@ def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress
         if name != main
     ]
     first = next(iter(job.episodes.values()))
-    about = run_file(recipe, job.pool, "", main)
+    about, named = run_file(recipe, job.pool, "", main), "" if recipe.name == "compare" else f"{recipe.name} "
     result = {
-        "command": f"metapool compare --methods {' '.join(names)} --seeds {seeds}",
+        "command": f"metapool compare {named}--methods {' '.join(names)} --seeds {seeds}",
         **{key: about[key] for key in ("version", "machine", "recipe")},
         "pool": about["pool"]["name"],
         "seeds": [recipe.seed + number for number in range(seeds)],
