@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metapool.base.images import LabelledImages, to_float
 from metapool.base.store import Progress, silent
-from metapool.episodes import Episodes
+from metapool.episodes import Episodes, sample_episodes
 from metapool.learners import FewShotModel
 
 
@@ -123,6 +123,22 @@ def _accuracies(model: FewShotModel, encoded: Tensor, episodes: Episodes, progre
         if done // 100 > start // 100:
             progress("evaluate", done, len(episodes))
     return Scores(torch.cat(accuracies).numpy())
+
+
+def few_shot_accuracy(model: FewShotModel, images: LabelledImages, seed: int, episodes: int = 200) -> float:
+    """How good a candidate is: 5-way 1-shot, five queries a class, on images that are there to choose by.
+
+    Args:
+        model: the candidate.
+        images: of validation classes, or recovered ones; never those that results are reported on.
+        seed: of the episodes; the same ones for every candidate.
+        episodes: number of episodes.
+
+    Returns:
+        Mean accuracy in percent.
+    """
+    drawn = sample_episodes(images, min(5, len(images.classes)), 1, 5, episodes, seed)
+    return evaluate(model, images, drawn).interval.mean
 
 
 _CACHED = 2**21  # numbers

@@ -12,8 +12,7 @@ from metapool.base.functional import Params, half_precision, in_chunks, params_o
 from metapool.base.images import InputSpec, LabelledImages, to_float
 from metapool.base.networks import NetworkSpec, build
 from metapool.base.store import Key, Settings, State, States, Store, generator_for
-from metapool.episodes import sample_episodes
-from metapool.evaluate import evaluate
+from metapool.evaluate import few_shot_accuracy
 from metapool.learners import AnyLearner, ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.training import Training
@@ -118,8 +117,7 @@ class Trainee:
         """
         if validation is None:
             return None
-        drawn = sample_episodes(validation, min(5, len(validation.classes)), 1, 5, episodes, self.seed)
-        return evaluate(self.model(params), validation, drawn).interval.mean
+        return few_shot_accuracy(self.model(params), validation, self.seed, episodes)
 
 
 class Student(Trainee):

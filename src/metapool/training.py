@@ -1,10 +1,48 @@
 """What a meta-training loop carries from step to step; a checkpoint holds all of it."""
 
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 
 from metapool.base.functional import Params
+from metapool.base.images import LabelledImages
+
+
+class Trained(Protocol):
+    """A method, as far as its key goes."""
+
+    version: ClassVar[int]
+
+    def model_dump(self, *, mode: str, exclude: set[str] | None = None) -> dict[str, Any]:
+        """Its settings."""
+
+
+def training_key(
+    method: Trained,
+    seed: int,
+    validation: LabelledImages | None,
+    exclude: set[str] | None = None,
+    **made_from: object,
+) -> dict[str, Any]:
+    """What a method's trained model depends on.
+
+    Args:
+        method: with all its settings.
+        seed: of everything random.
+        validation: images of meta-validation classes.
+        exclude: settings that play no part in training.
+        **made_from: digests of what it is trained on.
+
+    Returns:
+        A key of the store.
+    """
+    return {
+        "method": method.model_dump(mode="json", exclude=exclude),
+        "validation": validation.digest() if validation else None,
+        "seed": seed,
+        "version": method.version,
+        **made_from,
+    }
 
 
 class Training:

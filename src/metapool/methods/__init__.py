@@ -85,49 +85,22 @@ AnyMethod = Annotated[
     pydantic.Field(discriminator="name"),
 ]
 
+_PAPER: dict[str, Any] = {"task_loss": "classify", "replay": "episodes", "batch": 50, "learning_rate": 1e-3}
 NAMED: dict[str, AnyMethod] = {
     **{name: method() for name, method in METHODS.items()},
     "ensemble-whitened": EnsembleAll(whiten=0.25),
-    "tgr-maml": TGR(
-        task_loss="classify",
-        learner=MAML(),
-        replay="episodes",
-        replay_updates=5,
-        steps=16,
-        width=32,
-        batch=50,
-        learning_rate=1e-3,
-    ),
-    "tgr-anil": TGR(
-        task_loss="classify",
-        learner=ANIL(),
-        replay="episodes",
-        replay_updates=5,
-        steps=30,
-        batch=50,
-        learning_rate=1e-3,
-    ),
+    "tgr-maml": TGR(**_PAPER, learner=MAML(), replay_updates=5, steps=16, width=32),
+    "tgr-anil": TGR(**_PAPER, learner=ANIL(), replay_updates=5, steps=30),
     "tgr-released": TGR(
+        **_PAPER,
         variant="released",
         probe=ProbeSettings(per_sample=False),
-        task_loss="classify",
         learner=MAML(transductive=True),
-        replay="episodes",
         replay_updates=5,
         steps=16,
         width=32,
-        batch=50,
-        learning_rate=1e-3,
     ),
-    "tgr-protonet": TGR(
-        task_loss="classify",
-        learner=ProtoNet(),
-        replay="episodes",
-        replay_updates=4,
-        steps=100,
-        batch=50,
-        learning_rate=1e-3,
-    ),
+    "tgr-protonet": TGR(**_PAPER, learner=ProtoNet(), replay_updates=4, steps=100),
 }
 """Methods at their defaults, the strongest rival known, and the paper's own TGR: its task loss with the learners that
 it names (MAML with the 32 filters that its own paper uses), and what its released code does."""

@@ -20,7 +20,7 @@ from metapool.base.networks import build
 from metapool.base.store import Settings, Store, generator_for
 from metapool.ensemble import Ensemble, Moments, model_features, raw_features
 from metapool.episodes import sample_episodes
-from metapool.evaluate import evaluate
+from metapool.evaluate import evaluate, few_shot_accuracy
 from metapool.learners import FewShotModel, ProtoNet, centroid_logits
 from metapool.meta_model import MetaModel
 from metapool.pool import Access, ModelPool, PretrainedModel
@@ -113,7 +113,7 @@ class BestSingle(_Baseline):
         bank, ensemble = self._ensemble(pool, store, seed)
         images = validation or _recovered(bank, pool)
         singles = [Ensemble([m], [moments]) for m, moments in zip(ensemble.models, ensemble.moments)]
-        return max(singles, key=lambda single: _few_shot_accuracy(single, images, seed))
+        return max(singles, key=lambda single: few_shot_accuracy(single, images, seed))
 
 
 class MeanSingle(_Baseline):
@@ -207,18 +207,12 @@ class Average(_Baseline):
             merged.network.load_state_dict({**states[0], **mean, **statistics})
             averages.append(Ensemble([merged], [self._moments(merged, images)]))
         chosen_on = validation or _recovered(bank, pool)
-        return max(averages, key=lambda average: _few_shot_accuracy(average, chosen_on, seed))
+        return max(averages, key=lambda average: few_shot_accuracy(average, chosen_on, seed))
 
 
 def _recovered(bank: TaskBank, pool: ModelPool) -> LabelledImages:
     """Recovered images whose labels hold across models: classes of one name are one class."""
     return bank.labelled("by-name", pool.manifest.models[0].input)
-
-
-def _few_shot_accuracy(model: FewShotModel, images: LabelledImages, seed: int, episodes: int = 200) -> float:
-    way = min(5, len(images.classes))
-    drawn = sample_episodes(images, way, 1, 5, episodes, seed)
-    return evaluate(model, images, drawn).interval.mean
 
 
 class _Encoded:

@@ -50,13 +50,12 @@ from metapool.bank import TaskBank
 from metapool.base.functional import Params
 from metapool.base.images import LabelledImages, to_float
 from metapool.base.store import Key, Settings, States, Store, generator_for
-from metapool.episodes import sample_episodes
-from metapool.evaluate import evaluate
+from metapool.evaluate import few_shot_accuracy
 from metapool.learners import ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.pool import Access, ModelPool
 from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
-from metapool.training import Training
+from metapool.training import Training, training_key
 
 
 def fuse(params: Params, embeddings: Tensor) -> Tensor:
@@ -171,14 +170,7 @@ class DRO(Settings):
         """
         groups = alike(pool)
         bank = self.prepare(pool, store, seed)
-        key = {
-            "method": self.model_dump(mode="json"),
-            "pool": pool.digest(),
-            "bank": bank.digest(),
-            "validation": validation.digest() if validation else None,
-            "seed": seed,
-            "version": self.version,
-        }
+        key = training_key(self, seed, validation, pool=pool.digest(), bank=bank.digest())
         build = partial(self._build, pool, groups, bank, store, seed, validation, key)
         return MetaModel.load(store.artifact("meta-model", key, build))
 
@@ -199,7 +191,6 @@ class DRO(Settings):
         images = bank.labelled("distinct", input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "dro", "statistics"))[: self.bank_images]
         chosen_on = validation or bank.labelled("by-name", input)
-        episodes = sample_episodes(chosen_on, min(5, len(chosen_on.classes)), 1, 5, 200, seed)
         best = -1.0
         for ids, span, training in zip(groups, spans, trained):
             first, params = pool.get(ids[0]), training.kept()
@@ -210,7 +201,7 @@ class DRO(Settings):
             network = with_encoder(first, encoder, to_float(images[drawn]))
             assert first.spec is not None
             model = MetaModel(network, first.spec, ProtoNet(normalise=True), first.input, training.records)
-            accuracy = training.records[-1]["validation"] = evaluate(model, chosen_on, episodes).interval.mean
+            accuracy = training.records[-1]["validation"] = few_shot_accuracy(model, chosen_on, seed)
             if accuracy > best:
                 best = accuracy
                 model.save(folder)

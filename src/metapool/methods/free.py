@@ -54,7 +54,7 @@ from metapool.meta_model import MetaModel
 from metapool.pool import Access, ModelPool, PretrainedModel
 from metapool.recover import Generator, GeneratorRecovery, Inversion, LossWeights
 from metapool.student import MetaTraining, Student
-from metapool.training import Training
+from metapool.training import Training, training_key
 
 Rival = Callable[[Tensor], Tensor] | None  # from images in [0, 1] to logits of the frozen θ; none in the warm-up
 
@@ -141,8 +141,7 @@ class FREE(MetaTraining):
             The meta-model.
         """
         self.prepare(pool, store, seed)
-        key = {"method": self.model_dump(mode="json"), "pool": pool.digest(), "seed": seed, "version": self.version}
-        key["validation"] = validation.digest() if validation else None
+        key = training_key(self, seed, validation, pool=pool.digest())
         build = partial(self._train, pool, store, seed, validation, key)
         return MetaModel.load(store.artifact("meta-model", key, build))
 

@@ -43,12 +43,12 @@ from metapool.bank import TaskBank
 from metapool.base.functional import Params
 from metapool.base.images import LabelledImages, to_float
 from metapool.base.store import Settings, Store, generator_for
-from metapool.episodes import sample_episodes
-from metapool.evaluate import evaluate
+from metapool.evaluate import few_shot_accuracy
 from metapool.learners import ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.pool import Access, ModelPool
 from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
+from metapool.training import training_key
 
 
 def average(encoders: list[Params]) -> Params:
@@ -108,14 +108,7 @@ class OTA(Settings):
         """
         groups = alike(pool)
         bank = self.prepare(pool, store, seed)
-        key = {
-            "method": self.model_dump(mode="json"),
-            "pool": pool.digest(),
-            "bank": bank.digest(),
-            "validation": validation.digest() if validation else None,
-            "seed": seed,
-            "version": self.version,
-        }
+        key = training_key(self, seed, validation, pool=pool.digest(), bank=bank.digest())
         build = partial(self._build, pool, groups, bank, seed, validation)
         return MetaModel.load(store.artifact("meta-model", key, build))
 
@@ -132,7 +125,6 @@ class OTA(Settings):
         images = bank.labelled("distinct", input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "ota", "statistics"))[: self.bank_images]
         chosen_on = validation or bank.labelled("by-name", input)
-        episodes = sample_episodes(chosen_on, min(5, len(chosen_on.classes)), 1, 5, 200, seed)
         fused: list[tuple[float, MetaModel]] = []
         records: list[Mapping[str, Any]] = []
         for ids in groups:
@@ -149,7 +141,7 @@ class OTA(Settings):
             assert first.spec is not None
             network = with_encoder(first, average(encoders), to_float(images[drawn]))
             candidate = MetaModel(network, first.spec, ProtoNet(normalise=True), first.input)
-            accuracy = evaluate(candidate, chosen_on, episodes).interval.mean
+            accuracy = few_shot_accuracy(candidate, chosen_on, seed)
             records.append({**record, "validation": accuracy})
             fused.append((accuracy, candidate))
         _, best = max(fused, key=lambda pair: pair[0])

@@ -78,7 +78,7 @@ from metapool.meta_model import MetaModel
 from metapool.methods.bidf_mkd.tasks import Found, Task, adapted_logits, among, boundary_term
 from metapool.pool import Access, ModelPool
 from metapool.student import MetaTraining, Student
-from metapool.training import Training
+from metapool.training import Training, training_key
 
 
 class BiDfMKD(MetaTraining):
@@ -142,13 +142,7 @@ class BiDfMKD(MetaTraining):
             raise MetapoolError("bidf-mkd needs probabilities: a service that answers with labels alone gives no slope")
         if (dearest := max(self._cost(len(entry.classes)) for entry in pool.manifest.models)) > self.queries:
             raise MetapoolError(f"queries is {self.queries}: one visit takes {dearest} (lower per_class or directions)")
-        key = {
-            "method": self.model_dump(mode="json"),
-            "pool": pool.digest(),
-            "validation": validation.digest() if validation else None,
-            "seed": seed,
-            "version": self.version,
-        }
+        key = training_key(self, seed, validation, pool=pool.digest())
         return MetaModel.load(
             store.artifact("meta-model", key, partial(self._train, pool, store, seed, validation, key))
         )

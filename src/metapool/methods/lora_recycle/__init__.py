@@ -60,7 +60,7 @@ from metapool.methods.lora_recycle.tasks import Draws, MetaLoRA, check_backbone
 from metapool.pool import Access, ModelPool
 from metapool.recover import PRIORS, AnyRecovery, PixelRecovery, recover_pool
 from metapool.student import EpisodicTraining
-from metapool.training import Training
+from metapool.training import Training, training_key
 
 
 class LoRARecycle(EpisodicTraining):
@@ -103,13 +103,7 @@ class LoRARecycle(EpisodicTraining):
             The transformer with the meta-LoRA.
         """
         bank = self.prepare(pool, store, seed)
-        key = {
-            "method": self.model_dump(mode="json"),
-            "bank": bank.digest(),
-            "validation": validation.digest() if validation else None,
-            "seed": seed,
-            "version": self.version,
-        }
+        key = training_key(self, seed, validation, bank=bank.digest())
         train = partial(self._train, pool, bank, store, seed, validation, key)
         return MetaModel.load(store.artifact("meta-model", key, train))
 

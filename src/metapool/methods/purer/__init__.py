@@ -66,7 +66,7 @@ from metapool.pool import PretrainedModel as PretrainedModel
 from metapool.recover import LossWeights, inversion_loss
 from metapool.recover import PixelRecovery as PixelRecovery
 from metapool.student import MetaTraining, Student
-from metapool.training import Training
+from metapool.training import Training, training_key
 
 
 class Switch(NamedTuple):
@@ -158,13 +158,7 @@ class PURER(MetaTraining):
             raise MetapoolError(f"per_class is {self.per_class}, but an episode needs shot + query = {wanted} images")
         if self.calibrate and not isinstance(self.learner, ProtoNet):
             raise MetapoolError(f"calibrate needs a learner with prototypes (protonet), not {self.learner.name}")
-        key = {
-            "method": self.model_dump(mode="json", exclude={"calibrate", "calibration"}),
-            "pool": pool.digest(),
-            "validation": validation.digest() if validation else None,
-            "seed": seed,
-            "version": self.version,
-        }
+        key = training_key(self, seed, validation, {"calibrate", "calibration"}, pool=pool.digest())
         build = partial(self._train, pool, store, seed, validation, key)
         model = MetaModel.load(store.artifact("meta-model", key, build))
         return Calibrated(model, self.calibration) if self.calibrate else model

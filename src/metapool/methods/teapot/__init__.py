@@ -59,7 +59,7 @@ from metapool.methods.teapot.reliability import Reliability, agreement, draw_ord
 from metapool.pool import Access, ModelPool
 from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
 from metapool.student import MetaTraining, Student
-from metapool.training import Training
+from metapool.training import Training, training_key
 
 
 def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -191,13 +191,7 @@ class Teapot(MetaTraining):
             The meta-model.
         """
         bank = self.prepare(pool, store, seed)
-        key = {
-            "method": self.model_dump(mode="json"),
-            "bank": bank.digest(),
-            "validation": validation.digest() if validation else None,
-            "seed": seed,
-            "version": self.version,
-        }
+        key = training_key(self, seed, validation, bank=bank.digest())
         build = partial(self._train, pool, bank, store, seed, validation, key)
         return MetaModel.load(store.artifact("meta-model", key, build))
 

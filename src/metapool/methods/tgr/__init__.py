@@ -59,10 +59,8 @@ from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
 from metapool.student import MetaTraining, Student
 from metapool.task_losses import classify_loss as classify_loss
 from metapool.task_losses import relational_loss as relational_loss
-from metapool.training import Training
+from metapool.training import Training, training_key
 from metapool.views import Views, ViewSettings, view_bank
-
-VERSION = 4
 
 TaskLossName = Literal["relational", "classify", "episodic"]
 
@@ -72,7 +70,7 @@ class TGR(MetaTraining):
 
     paper: ClassVar[str] = "Wei et al., ICML 2024, arXiv 2405.16560"
     needs: ClassVar[Access] = "weights"
-    version: ClassVar[int] = VERSION
+    version: ClassVar[int] = 4
 
     name: Literal["tgr"] = "tgr"
     """Which method this is."""
@@ -200,14 +198,7 @@ class TGR(MetaTraining):
         Returns:
             A key of the store.
         """
-        return {
-            "method": self.model_dump(mode="json"),
-            "bank": bank.digest(),
-            "groups": groups,
-            "validation": validation.digest() if validation else None,
-            "seed": seed,
-            "version": VERSION,
-        }
+        return training_key(self, seed, validation, bank=bank.digest(), groups=groups)
 
     def grouped(self, pool: ModelPool, bank: TaskBank, store: Store, seed: int) -> list[list[str]]:
         """Stages 2 and 3.
