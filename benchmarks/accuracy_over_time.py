@@ -40,7 +40,7 @@ from metapool.embed import ProbeSettings
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
 from metapool.interface.figures import PALETTE
-from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks
+from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks, standalone
 from metapool.interface.figures.labels import Box, Label, write_labels
 from metapool.interface.recipe import Recipe, cores, evaluation_images, load_recipe, open_pool
 from metapool.interface.run.files import replace_text
@@ -253,8 +253,7 @@ def figure(result: dict[str, Any]) -> str:
         for line, text in enumerate(CAPTION):
             drawn.text(0.018, 0.093 - 0.036 * line, text, fontsize=10.5, color=MUTED, va="baseline")
         svg = draw()
-    # Inline figures have the page's namespace and ground; alone, one needs its own.
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1) + "\n"
+    return standalone(svg)
 
 
 def along(places: list[tuple[float, float]]) -> list[Box]:

@@ -43,7 +43,7 @@ from metapool.embed import ProbeSettings, embed_bank
 from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
 from metapool.interface.figures import PALETTE
-from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks
+from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks, standalone
 from metapool.interface.recipe import Evaluation, cores, evaluation_images, load_recipe, open_pool, validation_images
 from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
@@ -381,8 +381,7 @@ def figure(result: dict[str, Any]) -> str:
             )  # fmt: skip
         left.set_ylim(top=20 * left.get_ylim()[1])  # room for the legend
         text = draw()
-    # Inline figures have the page's namespace and ground; alone, one needs its own.
-    return text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1) + "\n"
+    return standalone(text)
 
 
 def work_of(options: argparse.Namespace) -> Work:

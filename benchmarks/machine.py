@@ -46,7 +46,7 @@ from metapool.base.images import InputSpec, to_bytes, to_float
 from metapool.base.store import generator_for, keep_memory
 from metapool.gradients import task_gradients
 from metapool.interface.figures import PALETTE
-from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks
+from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, standalone
 from metapool.interface.figures.labels import Box, Label, write_labels
 from metapool.interface.recipe import cores, load_recipe, open_pool
 from metapool.interface.run.files import replace_text
@@ -646,8 +646,7 @@ def figure(result: Record) -> str:
         )  # fmt: skip
         write_labels(axes, labels, obstacles)
         text = draw()
-    # Inline figures have the page's namespace and ground; alone, one needs its own.
-    return text.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1) + "\n"
+    return standalone(text)
 
 
 def rounded(value: Any) -> Any:

@@ -57,7 +57,7 @@ from metapool.embed import ProbeSettings
 from metapool.episodes import sample_episodes
 from metapool.evaluate import Interval, Scores, evaluate, paired_difference
 from metapool.interface.figures import Point, pareto_frontier
-from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks
+from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks, standalone
 from metapool.interface.figures.labels import Box, Label, write_labels
 from metapool.interface.recipe import Recipe, evaluation_images, load_recipe, open_pool, training_images
 from metapool.interface.run.files import replace_text
@@ -680,8 +680,7 @@ def figure(result: Mapping[str, Any]) -> str:
             merits = [-abs(math.log(point.accuracy)) if measure == "diversity" else point.accuracy for point in points]
             _draw_panel(axes, points, merits, title, result["real"].get(measure))
         inline = draw()
-    # The report's figures are inline; alone, one needs its namespace, and a ground that a dark page cannot swallow.
-    return inline.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1) + "\n"
+    return standalone(inline)
 
 
 def _draw_panel(axes: Any, points: Sequence[Point], merits: Sequence[float], title: str, real: float | None) -> None:

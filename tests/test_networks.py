@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from metapool.base.functional import BatchNorm
+from metapool.base.functional import BatchNorm, call, params_of
 from metapool.base.networks import Architecture, ConvBlock, Network, NetworkSpec, build, initialise
 
 
@@ -117,3 +117,23 @@ def test_pooling_before_relu_is_relu_before_pooling() -> None:
     gradients = [torch.autograd.grad(out.square().sum(), leaves) for out in (block(images), slow)]
     torch.testing.assert_close(gradients[0], gradients[1])
     assert gradients[0][0].abs().max() > 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_maps_lie_channels_last_also_where_weights_came_out_of_arithmetic(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An inner loop's weights are differences; with one channel their order of memory is lost, and pooling is slow."""
+    spec = NetworkSpec(architecture="conv4", width=8, classes=3, channels=channels, height=32, image_width=32)
+    network = build(spec, torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    moved = {name: value - 0.1 * torch.ones_like(value).contiguous() for name, value in params_of(network).items()}
+    seen: list[bool] = []
+
+    def pooled(images: torch.Tensor, size: int) -> torch.Tensor:
+        seen.append(images.is_contiguous(memory_format=torch.channels_last))
+        return torch.max_pool2d(images, size)
+
+    monkeypatch.setattr(torch.nn.functional, "max_pool2d", pooled)
+    images = torch.rand(4, channels, 32, 32)
+    call(network, moved, images)
+    assert seen == [True] * 4

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metapool.interface.figures import accuracy_against_cost
+from metapool.interface.figures import accuracy_against_cost, standalone
 from metapool.interface.report.files import Scores
 from metapool.interface.report.wording import points_of
 
@@ -62,9 +62,7 @@ def main() -> None:
     shot = max(int(shot) for row in scores["methods"].values() for shot in row["shots"])
     points = points_of(Scores.model_validate(scores), shot, run["headline"])
     figure = accuracy_against_cost(points, f"{shot}-shot accuracy, {scores['episodes']['way']}-way (%)")
-    # The report's figures are inline; alone, one needs its namespace, and a ground that a dark page cannot swallow.
-    alone = figure.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1)
-    (ROOT / "docs" / "accuracy-against-cost.svg").write_text(alone)
+    (ROOT / "docs" / "accuracy-against-cost.svg").write_text(standalone(figure))
 
 
 if __name__ == "__main__":

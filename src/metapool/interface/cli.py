@@ -23,6 +23,8 @@ from metapool.interface import recipe as recipes
 from metapool.interface.compare import compare, methods_summary
 from metapool.interface.plan import plan, plan_summary
 from metapool.interface.run import pool_summary, run, run_summary
+from metapool.interface.studies import STUDIES
+from metapool.interface.studies.study import write_study
 from metapool.interface.use import evaluate_saved, predict
 from metapool.realdata.pretrain import OracleSettings, PoolSettings, build_pool, train_oracle
 
@@ -70,6 +72,15 @@ class Compare:
     def __call__(self) -> None:
         """Compares all, three seeds."""
         _compare([])
+
+
+@dataclass
+class Studies:
+    """Answer a question about pools and methods by a table and a figure (`metapool study NAME --help`)."""
+
+    def __call__(self) -> None:
+        """Lists the studies."""
+        _study([])
 
 
 @dataclass
@@ -265,6 +276,7 @@ Command = (
     Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
     | Annotated[Plan, tyro.conf.subcommand("plan", prefix_name=False)]
     | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
+    | Annotated[Studies, tyro.conf.subcommand("study", prefix_name=False)]
     | Annotated[Methods, tyro.conf.subcommand("methods", prefix_name=False)]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
     | Annotated[Predict, tyro.conf.subcommand("predict", prefix_name=False)]
@@ -328,6 +340,30 @@ def _compare(arguments: Sequence[str]) -> None:
     print(found.read_text() if as_json else found.with_suffix(".md").read_text(), end="")
 
 
+def _study(arguments: Sequence[str]) -> None:
+    """`metapool study NAME [--option value] [--jobs N] [--store FOLDER] [--out FOLDER] [--json]`."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--jobs", type=int, default=0)
+    own.add_argument("--store", type=Path, default=Path("store"))
+    own.add_argument("--out", type=Path, default=Path("runs"))
+    own.add_argument("--json", action="store_true")
+    given, rest = own.parse_known_args(arguments)
+    if not rest or rest[0].startswith("-"):
+        for name, study in STUDIES.items():
+            print(f"{name:<14}{study.title} ({study.source})")
+        return
+    name = rest.pop(0)
+    if name not in STUDIES:
+        raise MetapoolError(f"{name}: no such study; there are {', '.join(STUDIES)}")
+    about = f"{STUDIES[name].title}. Also: --jobs N, --store FOLDER, --out FOLDER, --json."
+    study = _parsed(STUDIES[name], prog=f"metapool study {name}", description=about, args=rest)
+    with _progress() as progress:
+        store = Store(given.store, jobs=given.jobs or recipes.cores(), progress=progress)
+        folder = write_study(name, study, store, given.out)
+    found = (folder / f"{name}.json").read_text()
+    print(found if given.json else f"{json.loads(found)['answer']}\n{folder}")
+
+
 def _recipe(command: str, switch: str, about: str, arguments: Sequence[str]) -> tuple[recipes.Recipe, bool]:
     """The recipe that a command line means, flags laid over the file, and whether the command's own switch is set."""
     rest = [argument for argument in arguments if argument != switch]
@@ -371,6 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _plan(given[1:])
         elif given[:1] == ["compare"]:
             _compare(given[1:])
+        elif given[:1] == ["study"]:
+            _study(given[1:])
         else:
             _parsed(Command, prog="metapool", description=ABOUT, args=given or ["--help"])()
     except BrokenPipeError:  # the reader went away (`| head`): nothing is wrong

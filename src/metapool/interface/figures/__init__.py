@@ -19,6 +19,7 @@ from PIL import Image
 
 from metapool.base.errors import MetapoolError
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks
+from metapool.interface.figures.drawing import standalone as standalone
 from metapool.interface.figures.labels import Box, Label, short, write_labels
 
 PALETTE = ("#2d6a9f", "#4c8a57", "#84629f", "#a3812b", "#57808c", "#96566b")

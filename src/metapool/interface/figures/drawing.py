@@ -104,6 +104,18 @@ def panel(width: float, height: float, title: str) -> Iterator[tuple[Any, Callab
         yield figure, draw
 
 
+def standalone(svg: str) -> str:
+    """An inline figure as a file of its own, on white.
+
+    Args:
+        svg: what :func:`panel` draws.
+
+    Returns:
+        Content of an ``.svg`` file.
+    """
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: white" ', 1) + "\n"
+
+
 def _inline(svg: str, title: str) -> str:
     """Strip what only a file of its own needs, and make ids unique within a page of several figures."""
     prefix = re.sub(r"\W+", "-", title)

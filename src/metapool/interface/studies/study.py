@@ -1,0 +1,126 @@
+"""What a study is: a question about pools and methods that a table answers and a figure shows."""
+
+import csv
+import io
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import metapool
+from metapool.base.store import Settings, Store
+from metapool.interface.figures import standalone
+from metapool.interface.run.files import replace_text, write_json
+
+Row = Mapping[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study measured.
+
+    Attributes:
+        rows: the table, one mapping of column to value for each row, all with the same columns.
+        answer: the answer to the question in one or two plain sentences, made of the numbers; also when it is "no".
+        summary: numbers that are about all rows: correlations, intervals, counts, hashes.
+    """
+
+    rows: Sequence[Row]
+    answer: str
+    summary: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Study(Settings):
+    """A question with the settings of its answer. Subclasses are one file each and are named in ``STUDIES``."""
+
+    title: ClassVar[str]
+    """What is asked, in half a line."""
+    source: ClassVar[str]
+    """The figure or theorem of a paper that it is about."""
+
+    def measure(self, store: Store) -> Findings:
+        """Answers. The costly parts are artifacts of the store, so that a killed study goes on where it was.
+
+        Args:
+            store: finished stages; its ``jobs`` workers and its ``progress`` are the study's too.
+
+        Returns:
+            Table and answer.
+        """
+        raise NotImplementedError
+
+    def draw(self, findings: Findings) -> dict[str, str]:
+        """Figures, from the findings alone.
+
+        Args:
+            findings: what :meth:`measure` gave.
+
+        Returns:
+            Inline SVG by name; the name is put behind the study's own in the file's name, and may be empty.
+        """
+        raise NotImplementedError
+
+
+def write_study(name: str, study: Study, store: Store, out: Path) -> Path:
+    """Runs a study and writes what it found.
+
+    Args:
+        name: of the study.
+        study: with its settings.
+        store: finished stages.
+        out: folder of runs.
+
+    Returns:
+        ``<out>/study-<name>``, with ``<name>.json``, ``<name>.csv`` and a figure or several.
+    """
+    findings = study.measure(store)
+    folder = out / f"study-{name}"
+    changed = study.model_dump(mode="json", exclude_defaults=True)
+    flags = [f"--{field.replace('_', '-')} {shlex.quote(_flag(value))}" for field, value in changed.items()]
+    write_json(
+        folder / f"{name}.json",
+        {
+            "study": name,
+            "title": study.title,
+            "source": study.source,
+            "command": " ".join([f"metapool study {name}", *flags]),
+            "version": metapool.__version__,
+            "machine": {
+                "cpu": torch.backends.cpu.get_cpu_capability(),
+                "torch": torch.__version__,
+                "platform": platform.machine(),
+            },
+            "settings": study.model_dump(mode="json"),
+            "answer": findings.answer,
+            "summary": dict(findings.summary),
+            "rows": [dict(row) for row in findings.rows],
+        },
+    )
+    replace_text(folder / f"{name}.csv", table_as_csv(findings.rows))
+    for part, svg in study.draw(findings).items():
+        replace_text(folder / f"{'-'.join(filter(None, (name, part)))}.svg", standalone(svg))
+    return folder
+
+
+def table_as_csv(rows: Sequence[Row]) -> str:
+    """A table as CSV.
+
+    Args:
+        rows: at least one; all with the columns of the first.
+
+    Returns:
+        Text with a line of column names.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flag(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
