@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from metapool.task_losses import classify_loss, relational_loss, released_classify_loss
+from metapool.task_losses import classify_loss, distillation_loss, relational_loss, released_classify_loss
 
 
 def seeded(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -109,3 +109,12 @@ def test_the_released_divergence_is_linear_in_the_student_and_pulls_far_less() -
         for loss in (released_classify_loss, classify_loss)
     ]
     assert pulls[0] < 0.15 * pulls[1]
+
+
+def test_distillation_is_the_divergence_of_the_student_from_the_teacher() -> None:
+    student, teacher = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    p, q = teacher.softmax(1), student.softmax(1)
+    slow = sum(float(p[i, k]) * math.log(float(p[i, k] / q[i, k])) for i in range(5) for k in range(3)) / 5
+    assert distillation_loss(student, teacher).item() == pytest.approx(slow)
+    assert distillation_loss(teacher + 3, teacher).item() == pytest.approx(0, abs=1e-12)
+    assert distillation_loss(teacher, student).item() != pytest.approx(slow, rel=1e-3)

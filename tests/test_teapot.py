@@ -24,7 +24,7 @@ from metapool.evaluate import evaluate
 from metapool.learners import MAML
 from metapool.meta_model import MetaModel
 from metapool.methods import load_model
-from metapool.methods.teapot import TaskMemory, Teapot, arcsine, as_episode, distillation_loss
+from metapool.methods.teapot import TaskMemory, Teapot, arcsine, as_episode
 from metapool.methods.teapot.reliability import (
     Reliability,
     above_chance,
@@ -188,15 +188,6 @@ def test_shares_are_of_the_arcsine_distribution() -> None:
     truth = torch.from_numpy(stats.beta(0.5, 0.5).ppf(uniform.numpy()))
     torch.testing.assert_close(arcsine(uniform), truth)
     different(uniform, truth)
-
-
-def test_distillation_is_the_divergence_of_the_student_from_the_teacher() -> None:
-    student, teacher = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    p, q = teacher.softmax(1), student.softmax(1)
-    slow = sum(float(p[i, k]) * math.log(float(p[i, k] / q[i, k])) for i in range(5) for k in range(3)) / 5
-    assert distillation_loss(student, teacher).item() == pytest.approx(slow)
-    assert distillation_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-12)
-    assert distillation_loss(teacher, student).item() != pytest.approx(slow, rel=1e-3)
 
 
 def test_an_episode_is_cut_class_by_class() -> None:

@@ -52,7 +52,7 @@ def released_classify_loss(logits: Tensor, labels: Tensor, teacher: Tensor) -> T
 
 
 def classify_loss(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy to the recovered label plus KL(teacher ‖ student), per image (TGR, section 3.3).
+    """Cross-entropy to the recovered label plus :func:`distillation_loss`, per image (TGR, section 3.3).
 
     Args:
         logits: the student's, float [B, K].
@@ -62,6 +62,17 @@ def classify_loss(logits: Tensor, labels: Tensor, teacher: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
-    target = F.log_softmax(teacher, 1)
-    divergence = F.kl_div(F.log_softmax(logits, 1), target, log_target=True, reduction="batchmean")
-    return F.cross_entropy(logits, labels) + divergence
+    return F.cross_entropy(logits, labels) + distillation_loss(logits, teacher)
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    r"""Mean of :math:`\mathrm{KL}(\mathrm{softmax}(t) \| \mathrm{softmax}(s))` over images.
+
+    Args:
+        logits: s, the student's, float [B, K].
+        teacher: t, the teacher's over the same classes, float [B, K].
+
+    Returns:
+        A scalar ≥ 0; 0 where the answers agree.
+    """
+    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from metapool.bank import TaskBank, fit_bytes
 from metapool.base.functional import half_precision, in_chunks
-from metapool.base.images import InputSpec, commonest, place, to_bytes, to_float
+from metapool.base.images import InputSpec, Scales, commonest, place, to_bytes, to_float
 from metapool.base.store import Settings, Store, generator_for
 from metapool.pool import ModelPool, PretrainedModel
 
@@ -35,20 +35,13 @@ class ViewSettings(Settings):
     """Times the number of recovered images: blends of two images drawn at random."""
     shift: int = pydantic.Field(default=4, ge=0)
     """Largest shift of a copy or blend, in pixels."""
-    scales: tuple[pydantic.PositiveFloat, pydantic.PositiveFloat] = (0.4, 1.0)
+    scales: Scales = (0.4, 1.0)
     """Least and largest size of a copy or blend, relative to the image; smaller ones have a plain border."""
     most: int = pydantic.Field(default=20_000, ge=10)
     """Images that are looked at, at most, copies and blends included: in a large pool, a part of those recovered, drawn
     at random. Every model looks at all of them, so the cost grows with the number of models and not with its square."""
     seed: int = 0
     """Of copies, blends and the part that is drawn."""
-
-    @pydantic.field_validator("scales")
-    @classmethod
-    def _in_order(cls, scales: tuple[float, float]) -> tuple[float, float]:
-        if scales[0] > scales[1]:
-            raise ValueError(f"the least size comes first, then the largest: {scales[1]} {scales[0]}")
-        return scales
 
 
 @dataclass(frozen=True)

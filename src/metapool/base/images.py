@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Annotated, Self
 
 import pydantic
 import torch
@@ -13,6 +13,16 @@ from metapool.base.errors import MetapoolError
 from metapool.base.store import Settings, digest_of
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def _in_order(scales: tuple[float, float]) -> tuple[float, float]:
+    if scales[0] > scales[1]:
+        raise ValueError(f"the least size comes first, then the largest: {scales[1]} {scales[0]}")
+    return scales
+
+
+Scales = Annotated[tuple[pydantic.PositiveFloat, pydantic.PositiveFloat], pydantic.AfterValidator(_in_order)]
+"""Least and largest size of a picture relative to its frame (:func:`place`)."""
 
 
 class InputSpec(Settings):

@@ -20,6 +20,7 @@ from metapool.learners import ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.pool import ModelPool, PretrainedModel
 from metapool.student import Trainee
+from metapool.task_losses import distillation_loss
 
 
 @dataclass(frozen=True)
@@ -152,19 +153,6 @@ class MetaLoRA(Trainee):
             else:
                 losses.append(distillation_loss(logits, episode.teacher[query]))
         return losses
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    r"""Mean of :math:`\mathrm{KL}(\mathrm{softmax}(t) \| \mathrm{softmax}(s))` over queries (equation 3).
-
-    Args:
-        logits: s, the student's, float [Q, K].
-        teacher: t, float [Q, K].
-
-    Returns:
-        A scalar ≥ 0; 0 where the answers agree.
-    """
-    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean")
 
 
 def important_patches(model: PretrainedModel, task: RecoveredTask, share: float) -> Tensor:

@@ -50,7 +50,7 @@ from torch import Tensor
 from metapool.bank import TaskBank
 from metapool.base.errors import MetapoolError
 from metapool.base.functional import call, half_precision, widen
-from metapool.base.images import InputSpec, LabelledImages, commonest, place, to_bytes, to_float
+from metapool.base.images import InputSpec, LabelledImages, Scales, commonest, place, to_bytes, to_float
 from metapool.base.store import Key, Store, generator_for
 from metapool.episodes import draw_classes
 from metapool.learners import ProtoNet
@@ -59,12 +59,8 @@ from metapool.methods.teapot.reliability import Reliability, agreement, draw_ord
 from metapool.pool import Access, ModelPool
 from metapool.recover import AnyRecovery, GeneratorRecovery, recover_pool
 from metapool.student import MetaTraining, Student
+from metapool.task_losses import distillation_loss
 from metapool.training import Training, training_key
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student), mean over the queries: logits [Q, K] of both, to a scalar ≥ 0."""
-    return F.kl_div(F.log_softmax(logits, 1), F.log_softmax(teacher, 1), log_target=True, reduction="batchmean")
 
 
 def arcsine(uniform: Tensor) -> Tensor:
@@ -162,17 +158,10 @@ class Teapot(MetaTraining):
     """Learning rate of the reliability weights; 0 trusts all models alike."""
     policy_every: int = pydantic.Field(default=4, ge=1)
     """Draws between two steps of the reliability weights."""
-    scales: tuple[pydantic.PositiveFloat, pydantic.PositiveFloat] = (0.4, 1.0)
+    scales: Scales = (0.4, 1.0)
     """Least and largest size at which an image is shown, relative to its frame."""
     shift: int = pydantic.Field(default=4, ge=0)
     """Largest shift of an image when it is shown, in pixels."""
-
-    @pydantic.field_validator("scales")
-    @classmethod
-    def _in_order(cls, scales: tuple[float, float]) -> tuple[float, float]:
-        if scales[0] > scales[1]:
-            raise ValueError(f"the least size comes first, then the largest: {scales[1]} {scales[0]}")
-        return scales
 
     def prepare(self, pool: ModelPool, store: Store, seed: int) -> TaskBank:
         """Recovers the bank, which other methods share."""
