@@ -180,6 +180,18 @@ def test_nothing_is_random_about_an_ensemble_that_is_not_standardised(
     assert all(mean.eq(0).all() and std.eq(1).all() for mean, std in other.moments)
 
 
+@pytest.mark.parametrize(
+    ("method", "asks"),
+    [(EnsembleAll(), False), (MeanSingle(), False), (EnsembleAll(standardise=True), True), (EnsembleAll(size=1), True)],
+)
+def test_an_ensemble_pays_for_recovery_only_when_it_asks_for_images(
+    method: AnyMethod, asks: bool, tiny_pool: ModelPool, store: Store
+) -> None:
+    method = method.model_copy(update={"recovery": toys.HASTY})
+    method.fit(tiny_pool, store, 0)
+    assert (store.root / "recover").exists() == asks
+
+
 @EACH
 def test_a_saved_model_answers_alike(name: str, tiny_pool: ModelPool, kept: Store) -> None:
     fitted = ALL[name].fit(tiny_pool, kept, 0)

@@ -3,7 +3,8 @@
 None is a paper's method, but for the ensemble (metapool/ensemble.py names its paper). Where a baseline has to choose,
 it chooses on validation classes when they are given, else on recovered images.
 
-Cost: a pass of the models over recovered images, and some episodes where there is something to choose; no training.
+Cost: recovery where features are standardised, whitened or pruned, or batch norm is estimated anew; then a pass of the
+models over the images, and some episodes where there is something to choose; no training.
 """
 
 from typing import ClassVar, Literal
@@ -32,7 +33,7 @@ class _Baseline(Settings):
 
     paper: ClassVar[str] = "honest baseline"
     needs: ClassVar[Access] = "weights"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     recovery: AnyRecovery = GeneratorRecovery()
     """How the bank is made that statistics are estimated and models chosen on."""
     standardise: bool = False
@@ -45,21 +46,27 @@ class _Baseline(Settings):
         """Recovers the bank; the seed plays no part."""
         return recover_pool(pool, self.recovery, store)
 
-    def _bank(self, pool: ModelPool, store: Store, seed: int) -> tuple[TaskBank, Tensor]:
-        bank = self.prepare(pool, store, seed)
+    def _drawn(self, bank: TaskBank, pool: ModelPool, seed: int) -> Tensor:
+        """Recovered images that moments and statistics are estimated on."""
         images = bank.labelled("distinct", pool.manifest.models[0].input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "moments"))[: self.bank_images]
-        return bank, to_float(images[drawn])
+        return to_float(images[drawn])
 
-    def _ensemble(self, pool: ModelPool, store: Store, seed: int) -> tuple[TaskBank, Ensemble]:
-        bank, images = self._bank(pool, store, seed)
+    def _ensemble(self, pool: ModelPool, store: Store, seed: int) -> Ensemble:
+        """All models; only features that are standardised need a bank, and it is a part of their cost."""
+        images = torch.zeros(2, *pool.manifest.models[0].input.shape)
+        if self.standardise:
+            images = self._drawn(self.prepare(pool, store, seed), pool, seed)
         models = list(pool)
-        return bank, Ensemble(models, [self._moments(model, images) for model in models])
+        return Ensemble(models, [self._moments(model, images) for model in models])
 
     def _moments(self, model: PretrainedModel, images: Tensor) -> Moments:
-        features = raw_features(model, images if self.standardise else images[:2])
-        mean, std = moments(features)
+        mean, std = moments(raw_features(model, images))
         return (mean, std) if self.standardise else (torch.zeros_like(mean), torch.ones_like(std))
+
+    def _recovered(self, pool: ModelPool, store: Store, seed: int) -> LabelledImages:
+        """Recovered images whose labels hold across models: classes of one name are one class."""
+        return self.prepare(pool, store, seed).labelled("by-name", pool.manifest.models[0].input)
 
 
 class Untrained(_Baseline):
@@ -83,7 +90,7 @@ class Untrained(_Baseline):
         Returns:
             The model.
         """
-        _, images = self._bank(pool, store, seed)
+        images = self._drawn(self.prepare(pool, store, seed), pool, seed)
         first = pool.manifest.models[0]
         spec = first.network.model_copy(update={"architecture": "conv4", "width": self.width})
         network = build(spec, generator_for(seed, "untrained"))
@@ -110,8 +117,8 @@ class BestSingle(_Baseline):
         Returns:
             The chosen model.
         """
-        bank, ensemble = self._ensemble(pool, store, seed)
-        images = validation or _recovered(bank, pool)
+        ensemble = self._ensemble(pool, store, seed)
+        images = validation or self._recovered(pool, store, seed)
         singles = [Ensemble([m], [moments]) for m, moments in zip(ensemble.models, ensemble.moments)]
         return max(singles, key=lambda single: few_shot_accuracy(single, images, seed))
 
@@ -123,7 +130,7 @@ class MeanSingle(_Baseline):
     """Which method this is."""
 
     def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
-        """Standardises features on the bank.
+        """Standardises features on the bank, when asked to.
 
         Args:
             pool: the models.
@@ -134,7 +141,7 @@ class MeanSingle(_Baseline):
         Returns:
             All models, each answering alone.
         """
-        _, ensemble = self._ensemble(pool, store, seed)
+        ensemble = self._ensemble(pool, store, seed)
         return Ensemble(ensemble.models, ensemble.moments, average_over_models=True)
 
 
@@ -151,7 +158,7 @@ class EnsembleAll(_Baseline):
     """Directions that whitening keeps, the strongest."""
 
     def fit(self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None = None) -> FewShotModel:
-        """Standardises features on the bank, and prunes when asked to.
+        """Standardises features on the bank, prunes and whitens, each when asked to.
 
         Args:
             pool: the models.
@@ -162,10 +169,13 @@ class EnsembleAll(_Baseline):
         Returns:
             The ensemble.
         """
-        bank, ensemble = self._ensemble(pool, store, seed)
-        recovered = _recovered(bank, pool)
-        if self.size is not None and self.size < len(pool):
-            kept = _choose_greedily(ensemble, recovered, self.size, seed)
+        ensemble = self._ensemble(pool, store, seed)
+        size = min(self.size or len(pool), len(pool))
+        if size == len(pool) and not self.whiten:
+            return ensemble
+        recovered = self._recovered(pool, store, seed)
+        if size < len(pool):
+            kept = _choose_greedily(ensemble, recovered, size, seed)
             ensemble = Ensemble([ensemble.models[i] for i in kept], [ensemble.moments[i] for i in kept])
         if self.whiten:
             features = ensemble.encode(to_float(recovered.images))
@@ -192,7 +202,7 @@ class Average(_Baseline):
         Returns:
             The averaged network.
         """
-        bank, images = self._bank(pool, store, seed)
+        images = self._drawn(self.prepare(pool, store, seed), pool, seed)
         groups: dict[str, list[str]] = {}
         for entry in pool.manifest.models:
             encoder = entry.network.model_copy(update={"classes": 1})
@@ -206,13 +216,8 @@ class Average(_Baseline):
             statistics = running_statistics(merged.network, mean, merged.input.prepare(images))
             merged.network.load_state_dict({**states[0], **mean, **statistics})
             averages.append(Ensemble([merged], [self._moments(merged, images)]))
-        chosen_on = validation or _recovered(bank, pool)
+        chosen_on = validation or self._recovered(pool, store, seed)
         return max(averages, key=lambda average: few_shot_accuracy(average, chosen_on, seed))
-
-
-def _recovered(bank: TaskBank, pool: ModelPool) -> LabelledImages:
-    """Recovered images whose labels hold across models: classes of one name are one class."""
-    return bank.labelled("by-name", pool.manifest.models[0].input)
 
 
 class _Encoded:
