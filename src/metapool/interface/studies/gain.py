@@ -40,7 +40,7 @@ from metapool.student import Student
 from metapool.training import Training
 
 VERSION = 1
-RESAMPLES = 2000
+RESAMPLES = 1000
 SHOTS = (1, 5)
 LEARNERS: Mapping[str, tuple[AnyLearner, float]] = {
     "protonet": (ProtoNet(normalise=True, temperature=0.15), 5e-3),
@@ -76,11 +76,11 @@ class Gain(Study):
     recovery_steps: int = pydantic.Field(default=30, ge=0)
     """Steps of recovery; half the main recipe's."""
     learner: Literal["protonet", "maml"] = "protonet"
-    """How the meta-model answers. ``maml`` is the paper's, with second derivatives, and costs about ten times as much:
-    in training, and in evaluation, where every episode adapts the network anew."""
+    """How the meta-model answers. ``maml`` is the paper's, with second derivatives, and costs about twenty times as
+    much: five times in training, and more in evaluation, where every episode adapts the network anew."""
     width: int = pydantic.Field(default=32, ge=1, le=512)
     """Of the meta-model, a Conv4."""
-    steps: int = pydantic.Field(default=60, ge=1)
+    steps: int = pydantic.Field(default=40, ge=1)
     """Steps of its training, each on an episode of either bank."""
     shot: int = pydantic.Field(default=5, ge=1)
     """Support images of a class in a training episode."""

@@ -194,15 +194,15 @@ class Matters(TrialStudy):
             }
             sentences.append(_sentence(question, gaps))
         said = f"Mean difference in points (95 % interval over {self.seeds} seeds). "
-        summary: dict[str, Any] = {"episodes": exam.key()["episodes"], "models": pool.ids}
+        summary = {"episodes": exam.key()["episodes"], "models": pool.ids}
         return Findings(rows, said + " ".join(sentences), summary)
 
     def _shortened(self, method: TGR, replay: str, variant: Variant) -> TGR:
         # The last weights are kept, so checkpoints only let a killed training go on.
-        if replay == _REPLAY:
-            update = {"steps": self.replay_steps, "check_every": self.replay_steps}
-        else:
-            update = {"steps": self.steps, "check_every": self.steps, "replay": "none"}
+        steps = self.replay_steps if replay == _REPLAY else self.steps
+        update: dict[str, Any] = {"steps": steps, "check_every": steps}
+        if replay == _NO_REPLAY:
+            update["replay"] = "none"
         return method.model_validate(method.model_dump() | update | variant.changed)
 
     def draw(self, findings: Findings) -> dict[str, str]:
