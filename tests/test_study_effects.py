@@ -15,7 +15,7 @@ from metapool.interface.studies.effects import FACTORS, Effects, _answer
 from metapool.interface.studies.study import Findings
 
 SMALL = {
-    "models": (2, 3),
+    "models": (1, 3),
     "groups": (1, 2),
     "teachers": (1, 2),
     "alpha": (0.0, 0.1),

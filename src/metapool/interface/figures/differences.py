@@ -47,7 +47,7 @@ def differences(found: Sequence[Difference], references: Mapping[str, str], unit
     )
     variants = {q: list(dict.fromkeys(one.variant for one in found if one.question == q)) for q in questions}
     rows = {q: [name for name in variants[q] if name != references[q]] for q in questions}
-    heights = [_HEAD + _LINE * len(rows[q]) + 18 for q in questions]
+    heights = [_HEAD + _LINE * len(rows[q]) + 28 for q in questions]
     width, height = 760, sum(heights) + _FOOT
     with panel(width, height, "Differences to the reference") as (figure, draw):
         gap = 26
