@@ -11,6 +11,7 @@ from metapool.base.networks import NetworkSpec, build
 from metapool.blackbox import ZeroOrderRecovery
 from metapool.check import KINDS, NEW_KINDS, POOL_KINDS, SIDE, TRAINING, striped_pool, stripes
 from metapool.embed import ProbeSettings
+from metapool.interface.recipe import Evaluation, Recipe, recipe_text
 from metapool.learners import AnyLearner, ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.methods.baselines import Average, BestSingle, EnsembleAll, MeanSingle, Untrained
@@ -103,3 +104,23 @@ def world(root: Path, epochs: int, per_class: int) -> Path:
     write_images(root / "images" / "test", stripes(NEW_KINDS, per_class, seed=5))
     write_images(root / "images" / "val", stripes(POOL_KINDS[:3], 6, seed=6))
     return root
+
+
+def study_recipe(root: Path) -> Path:
+    """A recipe of seconds for studies of TGR's parts, with a pool and images of all three splits.
+
+    Args:
+        root: an empty folder.
+
+    Returns:
+        The file.
+    """
+    write_images(world(root, 2, 20) / "images" / "train", stripes(POOL_KINDS, 12))
+    recipe = Recipe(
+        pool=str(root / "pool"),
+        method=TGR(recovery=HASTY, **SMALL_TGR),
+        evaluation=Evaluation(data=str(root / "images"), way=3, shots=(1, 2), query=5, episodes=30),
+    )
+    file = root / "recipe.yaml"
+    file.write_text(recipe_text(recipe))
+    return file

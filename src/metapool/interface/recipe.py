@@ -17,7 +17,7 @@ from metapool.methods import NAMED, AnyMethod, recovery_of
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool
 from metapool.realdata import datasets
-from metapool.recover import GeneratorRecovery
+from metapool.recover import AnyRecovery, GeneratorRecovery
 
 SHIPPED = Path(__file__).parent.parent / "shipped"
 RECIPES = Path(__file__).parent / "recipes"
@@ -109,9 +109,7 @@ class Recipe(Settings):
             real = recovery_of(self.method)
             if real is None:
                 raise MetapoolError(f"compare: {self.method.name!r} recovers no bank for an input-control to replace")
-            same = {"width": real.width, "code": real.code} if isinstance(real, GeneratorRecovery) else {}
-            control = GeneratorRecovery(per_class=real.per_class, seed=real.seed, steps=0, **same)
-            return self.method.model_copy(update={"recovery": control})
+            return self.method.model_copy(update={"recovery": untrained_generator(real)})
         known = ", ".join([*NAMED, "ensemble-K", "input-control", *self.variants])
         raise MetapoolError(f"compare: no method is named {name!r}; known are {known}")
 
@@ -120,6 +118,19 @@ class Recipe(Settings):
         if shared is None or recovery_of(method) is None:
             return method
         return method.model_copy(update={"recovery": shared})
+
+
+def untrained_generator(recovery: AnyRecovery) -> GeneratorRecovery:
+    """The input-control of a recovery: as many images, out of generators as they are before any step.
+
+    Args:
+        recovery: which is to earn its place.
+
+    Returns:
+        A recovery of no steps.
+    """
+    same = {"width": recovery.width, "code": recovery.code} if isinstance(recovery, GeneratorRecovery) else {}
+    return GeneratorRecovery(per_class=recovery.per_class, seed=recovery.seed, steps=0, **same)
 
 
 def load_recipe(path: str | None) -> Recipe:

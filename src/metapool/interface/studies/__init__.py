@@ -2,7 +2,10 @@
 
 from collections.abc import Mapping
 
+from metapool.interface.studies.effects import Effects
+from metapool.interface.studies.gain import Gain
+from metapool.interface.studies.matters import Matters
 from metapool.interface.studies.study import Study
 
-STUDIES: Mapping[str, type[Study]] = {}
+STUDIES: Mapping[str, type[Study]] = {"gain": Gain, "matters": Matters, "effects": Effects}
 """Every study by its name."""

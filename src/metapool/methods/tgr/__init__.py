@@ -145,9 +145,33 @@ class TGR(MetaTraining):
         Returns:
             The meta-model.
         """
-        bank, groups, views = self.prepare(pool, store, seed)
+        bank = recover_pool(pool, self.recovery, store)
+        return self.fit_bank(pool, bank, self.grouped(pool, bank, store, seed), store, seed, validation)
+
+    def fit_bank(
+        self,
+        pool: ModelPool,
+        bank: TaskBank,
+        groups: list[list[str]],
+        store: Store,
+        seed: int,
+        validation: LabelledImages | None = None,
+    ) -> MetaModel:
+        """What :meth:`fit` does with a bank, however that was made.
+
+        Args:
+            pool: the models.
+            bank: a task of every model.
+            groups: model ids of every group.
+            store: keeps every stage.
+            seed: of everything random.
+            validation: images of meta-validation classes; the best checkpoint on them is kept, else the last.
+
+        Returns:
+            The meta-model.
+        """
         key = self.key(bank, groups, seed, validation)
-        input = pool.manifest.models[0].input
+        views, input = self._views(pool, bank, store), pool.manifest.models[0].input
         build_model = partial(self.train, bank, groups, views, input, store, seed, validation, key)
         return MetaModel.load(store.artifact("meta-model", key, build_model))
 
@@ -163,10 +187,12 @@ class TGR(MetaTraining):
             The bank, model ids of every group, and what all models see, when a loss asks for it.
         """
         bank = recover_pool(pool, self.recovery, store)
-        groups = self.grouped(pool, bank, store, seed)
+        return bank, self.grouped(pool, bank, store, seed), self._views(pool, bank, store)
+
+    def _views(self, pool: ModelPool, bank: TaskBank, store: Store) -> Views | None:
+        """What all models say of the bank's images, when a loss asks for it."""
         input = pool.manifest.models[0].input
-        views = view_bank(pool, bank, [pool.ids], input, self.views, store)[0] if self.relational else None
-        return bank, groups, views
+        return view_bank(pool, bank, [pool.ids], input, self.views, store)[0] if self.relational else None
 
     @property
     def relational(self) -> bool:
