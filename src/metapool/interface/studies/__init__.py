@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from metapool.interface.studies.study import Study
+from metapool.interface.studies.theorems import Theorems
 
-STUDIES: Mapping[str, type[Study]] = {}
+STUDIES: Mapping[str, type[Study]] = {"theorems": Theorems}
 """Every study by its name."""
