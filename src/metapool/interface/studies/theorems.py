@@ -47,7 +47,9 @@ class Theorems(Study):
     """Images of the basic task."""
     auxiliary: tuple[Annotated[int, pydantic.Field(ge=1)], ...] = pydantic.Field(default=(50, 200, 800), min_length=1)
     """Images of the auxiliary task; every number is tried."""
-    distances: tuple[Distance, ...] = pydantic.Field(default=(0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4), min_length=2)
+    distances: tuple[Distance, ...] = pydantic.Field(
+        default=(0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0), min_length=2
+    )
     """Distances of the auxiliary task from the basic one, of parameters of length 4 each."""
     delta: float = pydantic.Field(default=0.05, gt=0, lt=0.5)
     """Chance with which each sample may be worse than its variance term says."""
@@ -238,11 +240,11 @@ def answer_of(summary: Mapping[str, Any]) -> str:
     held = "no measurement is above its bound" if not broken else f"{broken} measurements are above their bound"
     loose = [risk["looseness"][part][1] for part in ("variance", "bias")]
     return (
-        f"Theorem 4.1: the remainder of the implicit step falls with the power {_between(smooth)} of α where the loss is "
-        f"smooth, {says}, and with {_between(kinked)} in a Conv4, whose kinks make it {times:.2g} times the regularizer at "
-        f"α = {at['alpha']:.2g}. Theorem 3.2: an auxiliary task of {largest} images raises accuracy {helps} and {turns}; "
-        f"{held}, and the bound is loose, {loose[0]:.0f} times in its variance and {loose[1]:.0f} times in its bias "
-        "(medians)."
+        f"Theorem 4.1: the remainder of the implicit step falls with the power {_between(smooth)} of α where the loss "
+        f"is smooth, {says}, and with {_between(kinked)} in a Conv4, whose kinks make it {times:.2g} times the "
+        f"regularizer at α = {at['alpha']:.2g}. Theorem 3.2: an auxiliary task of {largest} images raises accuracy "
+        f"{helps} and {turns}; {held}, and the bound is loose, {loose[0]:.0f} times in its variance and "
+        f"{loose[1]:.0f} times in its bias (medians)."
     )
 
 

@@ -166,7 +166,8 @@ def learn(inputs: Tensor, sample: Sample, tolerance: float = 1e-8, most: int = 5
 
 def _into_ball(theta: Tensor) -> Tensor:
     shrink = RADIUS / theta.norm(dim=1, keepdim=True).clamp(min=RADIUS)
-    return theta * shrink
+    inside: Tensor = theta * shrink
+    return inside
 
 
 def variance_term(images: float, delta: float) -> float:
