@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_the_table_shows_both_theorems(found: dict[str, Any]) -> None:
 
 def test_a_second_call_takes_all_from_the_store(found: dict[str, Any], tmp_path: Path, capsys: Output) -> None:
     built = {path: path.stat().st_mtime_ns for path in found["store"].rglob("made.json")}
-    arguments = found["command"].split()[1:]
+    arguments = shlex.split(found["command"])[1:]
     main([*arguments, "--jobs", "1", "--store", str(found["store"]), "--out", str(tmp_path)])
     assert {path: path.stat().st_mtime_ns for path in found["store"].rglob("made.json")} == built
     for name in ("theorems.json", "theorems.csv", "theorems.svg", "theorems-gain.svg", "theorems-risk.svg"):

@@ -269,8 +269,8 @@ def answer_of(summary: Mapping[str, Any]) -> str:
     """
     sentences = []
     for loss, of_alphas in summary["changes"].items():
-        # The displacement whose effect on R is the surest to be a fall.
-        alpha, found = min(of_alphas.items(), key=lambda item: float(item[1]["discrepancy"]["high"]))
+        # R itself falls with the gradients' length too; relative to that it says how well they are aligned.
+        alpha, found = min(of_alphas.items(), key=lambda item: float(item[1]["relative"]["mean"]))
         verb = _verdict(found["discrepancy"], "lowers", "raises", "does not measurably change")
         turn = _verdict(found["cosine"], "lowers", "raises", "does not measurably change")
         sentences.append(
