@@ -52,13 +52,13 @@ class Gradients(Study):
     """A shipped pool's name or a pool's folder."""
     models: int = pydantic.Field(default=10, ge=2)
     """Only so many models of the pool, from its start."""
-    steps: int = pydantic.Field(default=40, ge=4)
+    steps: int = pydantic.Field(default=30, ge=4)
     """Steps of meta-training; averages are taken over the last quarter."""
     seeds: int = pydantic.Field(default=5, ge=2)
     """Runs of every kind; with and without regularization they are paired."""
     alphas: tuple[Alpha, ...] = pydantic.Field(default=(1e-3, 1e-2, 1e-1), min_length=1)
     """Displacements beside 0, which turns the regularization off."""
-    halvings: int = pydantic.Field(default=4, ge=1, le=14)
+    halvings: int = pydantic.Field(default=3, ge=1, le=14)
     """How often the largest of them is halved when single steps are compared."""
     repeats: int = pydantic.Field(default=5, ge=1)
     """Times that each kind of step is timed, in turn; the median counts."""
