@@ -31,11 +31,13 @@ class GradientStats:
         loss: mean task loss at θ.
         discrepancy: R(θ).
         cosine: mean cosine over the pairs of task gradients; 1 for a single task.
+        squared_norm: mean ‖g_i‖², the yardstick of R, which is at most half of it.
     """
 
     loss: float
     discrepancy: float
     cosine: float
+    squared_norm: float
 
 
 def task_gradients(
@@ -79,7 +81,7 @@ def mean_gradient(gradients: list[Params]) -> Params:
 
 
 def describe(gradients: list[Params], losses: list[float]) -> GradientStats:
-    r"""Discrepancy :math:`R = \frac{1}{2n}\sum_i \|g_i - \bar g\|^2` and mean pairwise cosine.
+    r"""Discrepancy :math:`R = \frac{1}{2n}\sum_i \|g_i - \bar g\|^2`, mean pairwise cosine and mean squared length.
 
     Args:
         gradients: n gradients.
@@ -94,7 +96,8 @@ def describe(gradients: list[Params], losses: list[float]) -> GradientStats:
     directions = torch.nn.functional.normalize(flat, dim=1)
     # Sum over all ordered pairs is the squared norm of the sum; the n pairs of a task with itself are 1 each.
     cosine = (directions.sum(0).square().sum() - directions.square().sum()) / max(count * (count - 1), 1)
-    return GradientStats(sum(losses) / count, discrepancy.item(), cosine.item() if count > 1 else 1.0)
+    squared_norm = flat.square().sum().item() / count
+    return GradientStats(sum(losses) / count, discrepancy.item(), cosine.item() if count > 1 else 1.0, squared_norm)
 
 
 def implicit_step(

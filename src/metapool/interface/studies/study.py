@@ -80,7 +80,7 @@ def write_study(name: str, study: Study, store: Store, out: Path) -> Path:
     findings = study.measure(store)
     folder = out / f"study-{name}"
     changed = study.model_dump(mode="json", exclude_defaults=True)
-    flags = [f"--{field.replace('_', '-')} {shlex.quote(_flag(value))}" for field, value in changed.items()]
+    flags = [f"--{field.replace('_', '-')} {_flag(value)}" for field, value in changed.items()]
     write_json(
         folder / f"{name}.json",
         {
@@ -123,4 +123,4 @@ def table_as_csv(rows: Sequence[Row]) -> str:
 
 
 def _flag(value: object) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return shlex.join(map(str, value if isinstance(value, list) else [value]))

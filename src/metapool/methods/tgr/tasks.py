@@ -128,7 +128,7 @@ class Tasks:
         with half_precision():
             logits = call(self.network, params, images)
         loss = released_classify_loss if self.method.variant == "released" else classify_loss
-        return loss(logits.float()[:, : teacher.shape[1]], labels, teacher)
+        return loss(widen(logits)[:, : teacher.shape[1]], labels, teacher)
 
     def _draw_recovered(self, teachers: list[str], per_class: int, generator: torch.Generator) -> Batch:
         """Images of ``way`` classes of each teacher, class-major, their new labels, its logits over these classes."""
