@@ -103,7 +103,7 @@ def build_pool(
             f"pool name {name!r}: model ids begin with it, so it must be letters, digits, '.', '_' and '-' "
             "(a pool has the name of its folder)"
         )
-    specs = [_parse(text, images, settings.way) for text in settings.architectures]
+    specs = [parse_network(text, images, settings.way) for text in settings.architectures]
     ids = {f"{name}-{index:03d}": specs[index % len(specs)] for index in range(settings.models)}
     kept = settings.model_dump(mode="json", exclude={"models", "architectures", "backbone_epochs"})
     shared = {**kept, "version": VERSION, "seed": seed, "data": images.digest()}
@@ -120,8 +120,8 @@ def build_pool(
     return pool
 
 
-def _parse(text: str, images: LabelledImages, way: int) -> NetworkSpec:
-    """``name:width`` to a network for these images."""
+def parse_network(text: str, images: LabelledImages, way: int) -> NetworkSpec:
+    """``name:width`` to a network for these images; a MetapoolError where there is none."""
     architecture, _, width = text.partition(":")
     channels, height, image_width = images.images.shape[1:]
     known = get_args(Architecture)

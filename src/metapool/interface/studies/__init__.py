@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
+from metapool.interface.studies.cka import CKAStudy
 from metapool.interface.studies.study import Study
 
-STUDIES: Mapping[str, type[Study]] = {}
+STUDIES: Mapping[str, type[Study]] = {"cka": CKAStudy}
 """Every study by its name."""
