@@ -1,6 +1,8 @@
 """Figures about pools and banks: similarity of models, what embeddings tell apart, recovered images side by side."""
 
+import base64
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -79,3 +81,160 @@ def _divide(axes: Any, end: float, count: int, colour: str, width: float) -> Non
     if end < count - 0.5:
         axes.axvline(end, color=colour, linewidth=width)
         axes.axhline(end, color=colour, linewidth=width)
+
+
+def by_overlap(title: str, overlap: NDArray[np.int64], measures: Mapping[str, Floats], same: NDArray[np.bool_]) -> str:
+    """Measures of pairs of models by the number of classes that the two share, one panel for each measure.
+
+    A dot is a pair, a line joins the means; pairs of one architecture and of two are drawn apart.
+
+    Args:
+        title: unique in the page.
+        overlap: ``[n]``, shared classes of every pair.
+        measures: ``[n]`` by what they are; NaN where a measure is not defined.
+        same: ``[n]``, whether the pair has one architecture.
+
+    Returns:
+        An inline SVG.
+    """
+    wide, high = 300, 290
+    with panel(wide * len(measures), high, title) as (figure, draw):
+        for place, (name, values) in enumerate(measures.items()):
+            axes = figure.add_axes(
+                ((place + 0.17) / len(measures), 52 / high, 0.79 / len(measures), (high - 102) / high)
+            )
+            for kind, colour, side in ((True, PALETTE[0], -0.16), (False, ACCENT, 0.16)):
+                kept = (same == kind) & np.isfinite(values)
+                if not kept.any():
+                    continue
+                # Spread by rank, not at random: the same data, the same bytes.
+                spread = 0.22 * (np.argsort(np.argsort(values[kept])) * 0.618 % 1 - 0.5)
+                axes.plot(overlap[kept] + side + spread, values[kept], ".", color=colour, markersize=3, alpha=0.35)
+                counts = np.unique(overlap[kept])
+                means = [values[kept & (overlap == count)].mean() for count in counts]
+                axes.plot(counts + side, means, "o-", color=colour, markersize=5.5, linewidth=1.4)
+            axes.set_xticks(range(int(overlap.max()) + 1))
+            axes.set_xlim(-0.5, overlap.max() + 0.5)
+            round_ticks(axes.yaxis)
+            bare(axes, "")
+            axes.set_title(name, loc="left", fontsize=11, color=INK, x=-0.1, pad=10)
+            axes.set_xlabel("shared classes", labelpad=4)
+        for text, x, colour in (("● one architecture", 0.012, PALETTE[0]), ("● two architectures", 0.2, ACCENT)):
+            figure.text(x, 0.965, text, color=colour, fontsize=10.5, va="center")
+        return draw()
+
+
+def by_architecture(title: str, means: Mapping[str, Mapping[str, float]]) -> str:
+    """Mean dissimilarity of pairs by their two architectures, with intervals.
+
+    Args:
+        title: unique in the page.
+        means: ``value``, ``low`` and ``high`` by the pair's architectures.
+
+    Returns:
+        An inline SVG.
+    """
+    high = 64 + 26 * len(means)
+    with panel(440, high, title) as (figure, draw):
+        axes = figure.add_axes((0.4, 42 / high, 0.56, (high - 52) / high))
+        for place, (name, mean) in enumerate(means.items()):
+            one, other = name.split(" / ")
+            colour = PALETTE[0] if one == other else ACCENT
+            axes.plot((mean["low"], mean["high"]), (place, place), color=colour, linewidth=1.6)
+            axes.plot(mean["value"], place, "o", color=colour, markersize=6)
+        axes.set_yticks(range(len(means)), [short(name, 26) for name in means], fontsize=10)
+        axes.set_ylim(len(means) - 0.4, -0.6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color("#b9c0c9")
+        axes.tick_params(length=0)
+        round_ticks(axes.xaxis)
+        axes.set_xlabel("mean dissimilarity of pairs, 95 % interval", labelpad=4)
+        return draw()
+
+
+def coloured_maps(plane: Floats, labels: Mapping[str, Sequence[str]], axes_names: tuple[str, str]) -> str:
+    """Models in the plane, once for every way to colour them, with a legend below each.
+
+    Args:
+        plane: ``[M, 2]``.
+        labels: ``M`` labels by what they are.
+        axes_names: what the two coordinates are.
+
+    Returns:
+        An inline SVG.
+    """
+    wide, legend = 300, 18 * max(-(-len(set(own)) // 2) for own in labels.values())
+    high = 300 + legend
+    with panel(wide * len(labels), high, "Task embeddings in the plane") as (figure, draw):
+        for place, (name, own) in enumerate(labels.items()):
+            axes = figure.add_axes(((place + 0.16) / len(labels), (52 + legend) / high, 0.8 / len(labels), 214 / high))
+            for number, label in enumerate(sorted(set(own))):
+                members = np.array([one == label for one in own])
+                marker = MARKERS[number // len(PALETTE) % len(MARKERS)]
+                colour = PALETTE[number % len(PALETTE)]
+                axes.plot(*plane[members].T, marker, color=colour, markersize=6, alpha=0.85, markeredgewidth=0)
+                where = (place + (0.16, 0.58)[number % 2]) / len(labels), (legend - 9 - 18 * (number // 2)) / high
+                figure.text(*where, f"{SIGNS[marker]} {short(label, 15)}", color=colour, fontsize=10, va="center")
+            axes.margins(0.08)
+            round_ticks(axes.xaxis)
+            round_ticks(axes.yaxis)
+            bare(axes, "")
+            axes.set_title(f"by {name}", loc="left", fontsize=11, color=INK, x=0, pad=8)
+            axes.set_xlabel(axes_names[0], labelpad=3, fontsize=10)
+            if place == 0:
+                axes.set_ylabel(axes_names[1], labelpad=3, fontsize=10)
+        return draw()
+
+
+MARKERS = ("o", "s", "^")
+SIGNS = {"o": "●", "s": "■", "^": "▲"}
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """One row of a contact sheet."""
+
+    name: str
+    note: str
+    """Below the name, smaller."""
+    images: str
+    """A ``data:image/png`` URI of the row."""
+    real: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels, as the PNG's header has them."""
+        header = base64.b64decode(self.images.partition(",")[2])[16:24]
+        return int.from_bytes(header[:4]), int.from_bytes(header[4:])
+
+
+def contact_sheet(title: str, rows: Sequence[SheetRow]) -> str:
+    """Rows of images with their names on the left; rows of real images are marked and set apart.
+
+    Args:
+        title: what all rows show; written above them.
+        rows: at least one.
+
+    Returns:
+        An inline SVG with the images inside.
+    """
+    left, gap, top = 214, 12, 36
+    width = left + max(row.size[0] for row in rows) + 8
+    parts = [f'<text x="8" y="20" font-size="13" fill="{INK}">{escape(title)}</text>']
+    y = top
+    for row in rows:
+        if row.real:
+            parts.append(f'<line x1="8" x2="{width - 8}" y1="{y}" y2="{y}" stroke="{ACCENT}" stroke-width="1"/>')
+            y += gap
+        middle = y + row.size[1] / 2
+        colour = ACCENT if row.real else INK
+        parts.append(f'<text x="8" y="{middle - 5:g}" font-size="12" fill="{colour}">{escape(row.name)}</text>')
+        parts.append(f'<text x="8" y="{middle + 11:g}" font-size="10.5" fill="{MUTED}">{escape(row.note)}</text>')
+        size = f'width="{row.size[0]}" height="{row.size[1]}"'
+        style = 'style="image-rendering: pixelated"'
+        parts.append(f'<image x="{left}" y="{y}" {size} {style} href="{row.images}"/>')
+        y += row.size[1] + gap
+    head = (
+        f'<svg viewBox="0 0 {width} {y}" role="img" aria-label="{escape(title)}" font-family="DejaVu Sans, sans-serif">'
+    )
+    return head + "".join(parts) + "</svg>"

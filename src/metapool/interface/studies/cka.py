@@ -8,7 +8,7 @@ import pydantic
 from metapool.base.store import Store, generator_for
 from metapool.interface.figures.pools import similarity_map
 from metapool.interface.studies.pools import open_pools, pool_cka, tgr_of
-from metapool.interface.studies.resampling import Estimate, alike, contrast, mean_of_pairs
+from metapool.interface.studies.resampling import Estimate, alike, block_means, contrast, mean_of_pairs
 from metapool.interface.studies.study import Findings, Row, Study
 
 
@@ -64,12 +64,14 @@ class CKAStudy(Study):
                 "different": mean_of_pairs(similarity, ~same & held, generator),
                 "difference": contrast(similarity, same & held, ~same & held, generator),
             }
+        blocks = block_means(similarity, architectures, alike(domains), generator_for(self.seed, "study-cka", "blocks"))
         summary = {
             "models": [
                 {"id": id, "domain": domain, "architecture": architecture}
                 for id, domain, architecture in zip(ids, domains, architectures)
             ],
             **{trait: {name: part.rounded() for name, part in parts.items()} for trait, parts in found.items()},
+            "architectures_of_one_domain": {name: block.rounded() for name, block in blocks.items()},
         }
         return Findings(rows, _answer(found, len(ids)), summary)
 

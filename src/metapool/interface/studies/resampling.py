@@ -1,7 +1,8 @@
-"""What pairs of models say, with 95 % intervals: models are resampled, because pairs that share a model are not free."""
+"""What pairs of models say, with 95 % intervals: models are resampled, since pairs that share a model are not free."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import Any
 
 import numpy as np
@@ -103,9 +104,7 @@ def spearman(first: Floats, second: Floats) -> float:
     return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
 
 
-def rank_correlation(
-    measure: Floats, other: Floats, among: NDArray[np.bool_], generator: torch.Generator
-) -> Estimate:
+def rank_correlation(measure: Floats, other: Floats, among: NDArray[np.bool_], generator: torch.Generator) -> Estimate:
     """Spearman's correlation of two measures of pairs.
 
     Args:
@@ -138,6 +137,29 @@ def mean_of_pairs(measure: Floats, among: NDArray[np.bool_], generator: torch.Ge
         The mean.
     """
     return over_models(lambda first, second: _mean(measure, among, first, second), len(measure), generator)
+
+
+def block_means(
+    measure: Floats, labels: Sequence[str], among: NDArray[np.bool_], generator: torch.Generator
+) -> dict[str, Estimate]:
+    """Mean of a measure by the two labels of a pair.
+
+    Args:
+        measure: [M, M], symmetric.
+        labels: M of them.
+        among: [M, M], which pairs count.
+        generator: of the bootstrap.
+
+    Returns:
+        The means by ``first / second``, labels in alphabetical order; blocks without pairs are left out.
+    """
+    array, found = np.array(labels), dict[str, Estimate]()
+    for one, other in combinations_with_replacement(sorted(set(labels)), 2):
+        block = (array[:, None] == one) & (array == other)
+        mean = mean_of_pairs(measure, (block | block.T) & among, generator)
+        if mean.measured:
+            found[f"{one} / {other}"] = mean
+    return found
 
 
 def contrast(
@@ -181,7 +203,7 @@ def alike(labels: Sequence[str]) -> NDArray[np.bool_]:
 
 def silhouette(
     distances: Floats, labels: Sequence[str], generator: torch.Generator, shuffles: int = 999
-) -> Mapping[str, Any] | None:
+) -> dict[str, Any] | None:
     """How well labels fit distances, and whether shuffled labels fit as well: a permutation test of the silhouette.
 
     Args:
