@@ -83,44 +83,62 @@ def _divide(axes: Any, end: float, count: int, colour: str, width: float) -> Non
         axes.axhline(end, color=colour, linewidth=width)
 
 
-def by_overlap(title: str, overlap: NDArray[np.int64], measures: Mapping[str, Floats], same: NDArray[np.bool_]) -> str:
-    """Measures of pairs of models by the number of classes that the two share, one panel for each measure.
+@dataclass(frozen=True)
+class OverlapPanel:
+    """One measure of pairs of models."""
 
-    A dot is a pair, a line joins the means; pairs of one architecture and of two are drawn apart.
+    name: str
+    overlap: NDArray[np.int64]
+    """``[n]``, shared classes of every pair."""
+    values: Floats
+    """``[n]``; NaN where the measure is not defined."""
+    same: NDArray[np.bool_]
+    """``[n]``, whether the pair has one architecture."""
+    means_of_same: Mapping[str, Mapping[str, float]]
+    """``value``, ``low`` and ``high`` by number of shared classes."""
+    means_of_different: Mapping[str, Mapping[str, float]]
+
+
+def by_overlap(title: str, panels: Sequence[OverlapPanel]) -> str:
+    """Measures of pairs of models by the number of classes that the two share, side by side.
+
+    A dot is a pair, a line joins the means, which have their intervals; pairs of one architecture and of two are drawn
+    apart.
 
     Args:
         title: unique in the page.
-        overlap: ``[n]``, shared classes of every pair.
-        measures: ``[n]`` by what they are; NaN where a measure is not defined.
-        same: ``[n]``, whether the pair has one architecture.
+        panels: at least one.
 
     Returns:
         An inline SVG.
     """
-    wide, high = 300, 290
-    with panel(wide * len(measures), high, title) as (figure, draw):
-        for place, (name, values) in enumerate(measures.items()):
-            axes = figure.add_axes(
-                ((place + 0.17) / len(measures), 52 / high, 0.79 / len(measures), (high - 102) / high)
-            )
-            for kind, colour, side in ((True, PALETTE[0], -0.16), (False, ACCENT, 0.16)):
-                kept = (same == kind) & np.isfinite(values)
-                if not kept.any():
-                    continue
+    wide, high, count = 300, 300, len(panels)
+    with panel(wide * count, high, title) as (figure, draw):
+        for place, one in enumerate(panels):
+            axes = figure.add_axes(((place + 0.17) / count, 52 / high, 0.79 / count, (high - 112) / high))
+            for kind, means, colour, side in (
+                (one.same, one.means_of_same, PALETTE[0], -0.16),
+                (~one.same, one.means_of_different, ACCENT, 0.16),
+            ):
+                kept = kind & np.isfinite(one.values)
+                values = one.values[kept]
                 # Spread by rank, not at random: the same data, the same bytes.
-                spread = 0.22 * (np.argsort(np.argsort(values[kept])) * 0.618 % 1 - 0.5)
-                axes.plot(overlap[kept] + side + spread, values[kept], ".", color=colour, markersize=3, alpha=0.35)
-                counts = np.unique(overlap[kept])
-                means = [values[kept & (overlap == count)].mean() for count in counts]
-                axes.plot(counts + side, means, "o-", color=colour, markersize=5.5, linewidth=1.4)
-            axes.set_xticks(range(int(overlap.max()) + 1))
-            axes.set_xlim(-0.5, overlap.max() + 0.5)
+                spread = 0.22 * (np.argsort(np.argsort(values)) * 0.618 % 1 - 0.5)
+                axes.plot(one.overlap[kept] + side + spread, values, ".", color=colour, markersize=3, alpha=0.3)
+                xs = [int(shared) + side for shared in means]
+                for x, mean in zip(xs, means.values()):
+                    axes.plot((x, x), (mean["low"], mean["high"]), color=colour, linewidth=1.6)
+                axes.plot(
+                    xs, [mean["value"] for mean in means.values()], "o-", color=colour, markersize=5, linewidth=1.2
+                )
+            axes.set_xticks(range(int(one.overlap.max()) + 1))
+            axes.set_xlim(-0.5, one.overlap.max() + 0.5)
             round_ticks(axes.yaxis)
             bare(axes, "")
-            axes.set_title(name, loc="left", fontsize=11, color=INK, x=-0.1, pad=10)
+            axes.set_title(one.name, loc="left", fontsize=11, color=INK, x=-0.1, pad=10)
             axes.set_xlabel("shared classes", labelpad=4)
-        for text, x, colour in (("● one architecture", 0.012, PALETTE[0]), ("● two architectures", 0.2, ACCENT)):
-            figure.text(x, 0.965, text, color=colour, fontsize=10.5, va="center")
+        figure.text(0.012, 1 - 15 / high, "● pairs of one architecture", color=PALETTE[0], fontsize=10.5, va="center")
+        figure.text(0.25, 1 - 15 / high, "● pairs of two architectures", color=ACCENT, fontsize=10.5, va="center")
         return draw()
 
 

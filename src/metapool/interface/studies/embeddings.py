@@ -14,7 +14,7 @@ from metapool.embed import TaskEmbeddings, dissimilarity, embed_bank
 from metapool.group import group_models
 from metapool.interface.figures.pools import coloured_maps
 from metapool.interface.studies.pools import open_pools, tgr_of
-from metapool.interface.studies.resampling import silhouette
+from metapool.interface.studies.resampling import silhouette_test
 from metapool.interface.studies.study import Findings, Row, Study
 
 COLOURINGS = ("domain", "architecture", "group")
@@ -70,7 +70,7 @@ class EmbeddingsStudy(Study):
             for number, id in enumerate(bank)
         ]
         found = {
-            trait: silhouette(distances, labels, generator_for(self.seed, "study-embeddings", trait))
+            trait: silhouette_test(distances, labels, generator_for(self.seed, "study-embeddings", trait))
             for trait, labels in traits.items()
         }
         summary: dict[str, Any] = {"models": len(bank), "silhouettes": found, "explained_percent": explained}
@@ -135,7 +135,7 @@ def _vector(task: dict[str, torch.Tensor]) -> NDArray[np.float64]:
     return np.asarray(torch.cat([root / root.norm().clamp(min=1e-300) for root in roots]))
 
 
-def _answer(found: dict[str, dict[str, Any] | None], models: int) -> str:
+def _answer(found: dict[str, dict[str, float] | None], models: int) -> str:
     parts: list[str] = []
     for trait, result in found.items():
         if result is None:
@@ -155,5 +155,5 @@ def _answer(found: dict[str, dict[str, Any] | None], models: int) -> str:
     )
 
 
-def _apart(result: dict[str, Any]) -> bool:
+def _apart(result: dict[str, float]) -> bool:
     return bool(result["p"] < 0.05 and result["silhouette"] > result["chance"])

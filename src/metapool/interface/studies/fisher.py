@@ -15,13 +15,21 @@ from metapool.base.images import LabelledImages
 from metapool.base.networks import NetworkSpec
 from metapool.base.store import Store, generator_for
 from metapool.embed import dissimilarity, embed_bank
-from metapool.interface.figures.pools import by_architecture, by_overlap
+from metapool.interface.figures.pools import OverlapPanel, by_architecture, by_overlap
 from metapool.interface.recipe import training_images
 from metapool.interface.studies.pools import Pools, open_pools, pool_cka, tgr_of
-from metapool.interface.studies.resampling import Estimate, alike, block_means, contrast, rank_correlation
+from metapool.interface.studies.resampling import (
+    Estimate,
+    alike,
+    block_means,
+    contrast,
+    mean_of_pairs,
+    rank_correlation,
+)
 from metapool.interface.studies.study import Findings, Row, Study
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool
+from metapool.realdata.pretrain import VERSION as PRETRAIN_VERSION
 from metapool.realdata.pretrain import PoolSettings, parse_network, pretrain
 
 VERSION = 1
@@ -88,7 +96,7 @@ class FisherStudy(Study):
         for name, pools in opened.items():
             measures = self._measures(pools, method, store)
             rows += _rows(name, pools, measures)
-            found = self._correlations(name, pools, measures)
+            found = self._found(name, pools, measures)
             summary[name] = {
                 "models": len(pools.entries),
                 "pairs": len(pools.entries) * (len(pools.entries) - 1) // 2,
@@ -108,17 +116,23 @@ class FisherStudy(Study):
         """
         figures: dict[str, str] = {}
         for pool in findings.summary:
+            about = findings.summary[pool]
             pairs = [row for row in findings.rows if row["pool"] == pool]
-            overlap = np.array([int(row["overlap"] or 0) for row in pairs])
-            panels = {
-                title: np.array([np.nan if row[column] is None else float(row[column] or 0) for row in pairs])
-                for column, title in MEASURES.items()
-            }
-            same = np.array([row["same_architecture"] for row in pairs], dtype=bool)
-            figures[f"{pool}-overlap"] = by_overlap(f"Measures of pairs of {pool}", overlap, panels, same)
+            panels = [
+                OverlapPanel(
+                    name,
+                    np.array([int(row["overlap"] or 0) for row in pairs]),
+                    np.array([np.nan if row[column] is None else float(row[column] or 0) for row in pairs]),
+                    np.array([bool(row["same_architecture"]) for row in pairs]),
+                    about[f"{column}_by_overlap_same"],
+                    about[f"{column}_by_overlap_different"],
+                )
+                for column, name in MEASURES.items()
+            ]
+            figures[f"{pool}-overlap"] = by_overlap(f"Pairs of {pool} by shared classes", panels)
             figures[f"{pool}-architectures"] = by_architecture(
                 f"Dissimilarity in {pool} by architectures",
-                findings.summary[pool]["dissimilarity_by_architectures"],
+                about["dissimilarity_by_architectures"],
             )
         return figures
 
@@ -130,35 +144,44 @@ class FisherStudy(Study):
             "weight_distance": weight_distances(pools),
         }
 
-    def _correlations(
+    def _found(
         self, name: str, pools: Pools, measures: Mapping[str, NDArray[np.float64]]
     ) -> dict[str, dict[str, Estimate]]:
-        """Rank correlation with overlap over all pairs and over those of one architecture; effect of architecture."""
-        overlap = pools.overlaps.astype(np.float64)
-        same, everything = alike(pools.architectures), np.ones_like(overlap, dtype=bool)
-        known = [set(entry.classes) for entry in pools.entries.values()]
+        """Rank correlations with overlap, the effect of architecture, and means by both."""
+        same, known = alike(pools.architectures), [set(entry.classes) for entry in pools.entries.values()]
+        everything, overlap = np.ones_like(same), pools.overlaps.astype(np.float64)
         jaccard = np.array([[len(one & other) / len(one | other) for other in known] for one in known])
+        defined = {column: np.isfinite(measure) for column, measure in measures.items()}
 
-        def correlations(other: NDArray[np.float64], among: NDArray[np.bool_], kind: str) -> dict[str, Estimate]:
+        def resamples() -> torch.Generator:  # the same for all, so that measures are compared on equal terms
+            return generator_for(self.seed, "study-fisher", name)
+
+        def correlations(other: NDArray[np.float64], among: NDArray[np.bool_]) -> dict[str, Estimate]:
             return {
-                column: rank_correlation(
-                    measure, other, among & np.isfinite(measure), generator_for(self.seed, "study-fisher", name, kind)
-                )
+                column: rank_correlation(measure, other, among & defined[column], resamples())
                 for column, measure in measures.items()
             }
 
-        generator = generator_for(self.seed, "study-fisher", name, "architectures")
         return {
-            "spearman_overlap": correlations(overlap, everything, "all"),
-            "spearman_jaccard": correlations(jaccard, everything, "jaccard"),
-            "spearman_overlap_one_architecture": correlations(overlap, same, "same"),
+            "spearman_overlap": correlations(overlap, everything),
+            "spearman_jaccard": correlations(jaccard, everything),
+            "spearman_overlap_one_architecture": correlations(overlap, same),
             "different_less_same_architecture": {
-                column: contrast(measure, ~same & np.isfinite(measure), same, generator)
+                column: contrast(measure, ~same & defined[column], same, resamples())
                 for column, measure in measures.items()
             },
             "dissimilarity_by_architectures": block_means(
-                measures["dissimilarity"], pools.architectures, everything, generator
+                measures["dissimilarity"], pools.architectures, everything, resamples()
             ),
+            **{
+                f"{column}_by_overlap_{kind}": {
+                    str(shared): mean
+                    for shared in range(int(overlap.max()) + 1)
+                    if (mean := mean_of_pairs(measures[column], among & (overlap == shared), resamples())).measured
+                }
+                for column in measures
+                for kind, among in (("same", same & defined[column]), ("different", ~same & defined[column]))
+            },
         }
 
     def _planted(self, store: Store) -> ModelPool:
@@ -182,7 +205,7 @@ class FisherStudy(Study):
         settings = PoolSettings(way=self.way, epochs=self.epochs)
         shared = {
             "settings": settings.model_dump(mode="json", exclude={"models", "architectures", "backbone_epochs"}),
-            "data": images.digest(), "seed": self.seed, "version": VERSION,
+            "data": images.digest(), "seed": self.seed, "version": [VERSION, PRETRAIN_VERSION],
         }  # fmt: skip
         keys = {id: {**shared, "id": id, "network": specs[id].model_dump(), "classes": classes[id]} for id in specs}
         train = partial(_train_unit, images, settings, specs, classes, self.seed)

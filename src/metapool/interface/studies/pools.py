@@ -25,6 +25,7 @@ from metapool.interface.recipe import load_recipe, open_pool
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelEntry, ModelPool, PretrainedModel
 from metapool.recover import recover_pool
+from metapool.views import VERSION as VIEWS_VERSION
 from metapool.views import look
 
 VERSION = 1
@@ -173,7 +174,13 @@ def pool_cka(pools: Pools, bank: TaskBank, images: int, batch: int, seed: int, s
     share = images // len(bank)
     if share < 1 or share * len(bank) < 4:
         raise MetapoolError(f"images: expected at least one for each of the {len(bank)} models, and 4, not {images}")
-    key = {"bank": bank.digest(), "input": pools.input.model_dump(), "share": share, "seed": seed, "version": VERSION}
+    key = {
+        "bank": bank.digest(),
+        "input": pools.input.model_dump(),
+        "share": share,
+        "seed": seed,
+        "version": [VERSION, VIEWS_VERSION],
+    }
     made = store.artifact("study-images", key, partial(_write_images, bank, pools.input, share, seed))
     keys: dict[str, dict[str, Any]] = {id: {**key, "model": pools.model_digest(id)} for id in bank}
     folders = store.units("study-features", keys, partial(_write_features, pools, made / "images.safetensors"))

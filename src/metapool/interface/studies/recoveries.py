@@ -28,10 +28,12 @@ from metapool.interface.studies.pools import tgr_of
 from metapool.interface.studies.study import Findings, Row, Study
 from metapool.methods.free import FREE, MetaGenerator, Visit
 from metapool.pool import ModelPool, PretrainedModel
+from metapool.recover import VERSION as RECOVER_VERSION
 from metapool.recover import GeneratorRecovery, PixelRecovery, batch_norm_distances
 from metapool.student import Student
 
 VERSION = 1
+MADE_BY = [VERSION, RECOVER_VERSION, FREE.version]
 REAL = "real images"
 Way = GeneratorRecovery | PixelRecovery | ZeroOrderRecovery | FREE
 """Settings of a way to recover; of FREE, the visit of its meta-generator."""
@@ -109,17 +111,18 @@ class RecoveriesStudy(Study):
         Raises:
             MetapoolError: when the first model does not know the class.
         """
-        pool = open_pool(self.pool)[: self.models]
+        pool = open_pool(self.pool)
+        chosen = pool[: self.models]
         first = pool.manifest.models[0]
         label = first.classes[0] if self.label is None else self.label
         if label not in first.classes:
             raise MetapoolError(f"label: model {first.id!r} knows {', '.join(first.classes)}, not {label!r}")
-        tasks = {**recover_all(pool, ways(tgr_of(self.recipe).recovery), self.images, self.seed, store)}
+        tasks = recover_all(pool, chosen.ids, ways(tgr_of(self.recipe).recovery), self.images, self.seed, store)
         if self.data is not None:
             data = training_images(self.data, first.input.height, first.input.channels)
-            for model in pool:
+            for model in chosen:
                 tasks[REAL, model.id] = real_task(data, model, self.images, self.seed, self.data)
-        entries = {entry.id: entry for entry in pool.manifest.models}
+        entries = {entry.id: entry for entry in chosen.manifest.models}
         rows: list[Row] = [
             {
                 "recovery": name,
@@ -143,7 +146,7 @@ class RecoveriesStudy(Study):
             },
             "sheets": {name: recovered_sheet(images) for name, images in shown.items()},
         }
-        return Findings(rows, _answer(rows, list(shown), len(pool)), summary)
+        return Findings(rows, _answer(rows, list(shown), len(chosen)), summary)
 
     def draw(self, findings: Findings) -> dict[str, str]:
         """The contact sheet.
@@ -165,12 +168,13 @@ class RecoveriesStudy(Study):
 
 
 def recover_all(
-    pool: ModelPool, ways: Mapping[str, Way], images: int, seed: int, store: Store
+    pool: ModelPool, ids: Sequence[str], ways: Mapping[str, Way], images: int, seed: int, store: Store
 ) -> dict[tuple[str, str], RecoveredTask]:
     """Every model in every way.
 
     Args:
-        pool: the models.
+        pool: the models; the meta-generator learns on all of them.
+        ids: of those that are recovered.
         ways: recoveries by name.
         images: of every class that are kept.
         seed: of everything random.
@@ -182,14 +186,14 @@ def recover_all(
     free = next((way for way in ways.values() if isinstance(way, FREE)), FREE())
     key: dict[str, Any] = {"method": free.model_dump(mode="json"), "pool": pool.digest(), "seed": seed}
     meta = store.artifact(
-        "study-meta-generator", {**key, "version": VERSION}, partial(_write_meta_generator, pool, free, seed)
+        "study-meta-generator", {**key, "version": MADE_BY}, partial(_write_meta_generator, pool, free, seed)
     )
     units: dict[str, dict[str, Any]] = {}
     for name, way in ways.items():
-        for id in pool.ids:
+        for id in ids:
             units[f"{name}/{id}"] = {
                 "way": [type(way).__name__, way.model_dump(mode="json")],
-                "model": pool.model_digest(id), "id": id, "images": images, "seed": seed, "version": VERSION,
+                "model": pool.model_digest(id), "id": id, "images": images, "seed": seed, "version": MADE_BY,
                 "meta": meta.name if isinstance(way, FREE) else None,
             }  # fmt: skip
     folders = store.units("study-recoveries", units, partial(_unit, Material(pool, ways, images, seed, meta)))

@@ -7,12 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.stats import rankdata
-from sklearn.metrics import silhouette_score
 
 Floats = NDArray[np.float64]
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -51,27 +49,31 @@ class Estimate:
         return {name: round(value, 4) if np.isfinite(value) else None for name, value in vars(self).items()}
 
 
-def pairs_among(chosen: Indices) -> tuple[Indices, Indices]:
-    """Pairs of different models among models that may be chosen several times.
+def pair_weights(counts: Floats) -> Floats:
+    """How often every pair stands in a resample of models; a model and its own copy are no pair.
 
     Args:
-        chosen: int64 [M'], numbers of models.
+        counts: [B, M], how often each model was drawn.
 
     Returns:
-        Numbers of the first and of the second model of every pair; a model and its own copy are no pair.
+        [B, P], P = M (M - 1) / 2 pairs in the order of :func:`upper`.
     """
-    first, second = np.triu_indices(len(chosen), 1)
-    apart = chosen[first] != chosen[second]
-    return chosen[first[apart]], chosen[second[apart]]
+    first, second = np.triu_indices(counts.shape[1], 1)
+    return np.asarray(counts[:, first] * counts[:, second], dtype=np.float64)
+
+
+def upper(matrix: NDArray[Any]) -> NDArray[Any]:
+    """The pairs of a symmetric matrix [M, M]: what is above its diagonal, [P], row by row."""
+    return np.asarray(matrix[np.triu_indices(len(matrix), 1)])
 
 
 def over_models(
-    statistic: Callable[[Indices, Indices], float], models: int, generator: torch.Generator, resamples: int = 1000
+    statistic: Callable[[Floats], Floats], models: int, generator: torch.Generator, resamples: int = 1000
 ) -> Estimate:
     """A statistic of pairs of models with its percentile bootstrap interval (Efron 1979), models resampled.
 
     Args:
-        statistic: of the pairs that :func:`pairs_among` gives; NaN where it has none to speak of.
+        statistic: of weights of all pairs [B, P], one number [B] for each row; NaN where no pair counts.
         models: M.
         generator: source of the resamples.
         resamples: how many.
@@ -79,9 +81,11 @@ def over_models(
     Returns:
         The statistic of all pairs, and its interval.
     """
-    value = statistic(*pairs_among(np.arange(models)))
-    drawn = torch.randint(models, (resamples, models), generator=generator).numpy()
-    found = np.array([statistic(*pairs_among(chosen)) for chosen in drawn])
+    value = float(statistic(pair_weights(np.ones((1, models))))[0])
+    drawn = torch.randint(models, (resamples, models), generator=generator)
+    counts = F.one_hot(drawn, models).sum(1).double().numpy()
+    parts = max(1, resamples * models**2 // 8_000_000)
+    found = np.concatenate([statistic(pair_weights(part)) for part in np.array_split(counts, parts)])
     found = found[np.isfinite(found)]
     if not np.isfinite(value) or len(found) < 2:
         return Estimate(float("nan"), float("nan"), float("nan"))
@@ -89,19 +93,32 @@ def over_models(
     return Estimate(value, float(low), float(high))
 
 
-def spearman(first: Floats, second: Floats) -> float:
-    """Spearman's rank correlation.
+def spearman(first: Floats, second: Floats, weights: Floats) -> Floats:
+    """Spearman's rank correlation of values that stand in a sample several times, or not at all.
 
     Args:
-        first: [n].
-        second: [n].
+        first: [P].
+        second: [P].
+        weights: [B, P], how often; one sample per row.
 
     Returns:
-        In [-1, 1], equal values sharing their ranks; NaN where a side is constant or there are fewer than 3 pairs.
+        [B] in [-1, 1], equal values sharing their ranks; NaN where a side is constant.
     """
-    if len(first) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
-        return float("nan")
-    return float(np.corrcoef(rankdata(first), rankdata(second))[0, 1])
+    one, other = (_centred_ranks(values, weights) for values in (first, second))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        covariance = (weights * one * other).sum(1)
+        scale = np.sqrt((weights * one**2).sum(1) * (weights * other**2).sum(1))
+        return np.asarray(np.where(scale > 0, covariance / scale, np.nan))
+
+
+def _centred_ranks(values: Floats, weights: Floats) -> Floats:
+    """Ranks of the values in every sample [B, P], equal ones sharing the middle, less the sample's mean rank."""
+    known, place = np.unique(values, return_inverse=True)
+    mass = np.zeros((len(weights), len(known)))
+    np.add.at(mass.T, place, weights.T)
+    middle = np.cumsum(mass, 1) - mass / 2
+    # The mean of middle ranks is half the sample, exactly.
+    return np.asarray((middle - weights.sum(1, keepdims=True) / 2)[:, place])
 
 
 def rank_correlation(measure: Floats, other: Floats, among: NDArray[np.bool_], generator: torch.Generator) -> Estimate:
@@ -116,13 +133,9 @@ def rank_correlation(measure: Floats, other: Floats, among: NDArray[np.bool_], g
     Returns:
         The correlation.
     """
-
-    def statistic(first: Indices, second: Indices) -> float:
-        kept = among[first, second]
-        first, second = first[kept], second[kept]
-        return spearman(measure[first, second], other[first, second])
-
-    return over_models(statistic, len(measure), generator)
+    kept = upper(among)
+    first, second = upper(measure)[kept], upper(other)[kept]
+    return over_models(lambda weights: spearman(first, second, weights[:, kept]), len(measure), generator)
 
 
 def mean_of_pairs(measure: Floats, among: NDArray[np.bool_], generator: torch.Generator) -> Estimate:
@@ -136,7 +149,7 @@ def mean_of_pairs(measure: Floats, among: NDArray[np.bool_], generator: torch.Ge
     Returns:
         The mean.
     """
-    return over_models(lambda first, second: _mean(measure, among, first, second), len(measure), generator)
+    return over_models(lambda weights: _mean(measure, among, weights), len(measure), generator)
 
 
 def block_means(
@@ -177,15 +190,16 @@ def contrast(
         The difference.
     """
 
-    def statistic(first: Indices, second: Indices) -> float:
-        return _mean(measure, same, first, second) - _mean(measure, different, first, second)
+    def statistic(weights: Floats) -> Floats:
+        return _mean(measure, same, weights) - _mean(measure, different, weights)
 
     return over_models(statistic, len(measure), generator)
 
 
-def _mean(measure: Floats, among: NDArray[np.bool_], first: Indices, second: Indices) -> float:
-    values = measure[first, second][among[first, second]]
-    return float(values.mean()) if len(values) else float("nan")
+def _mean(measure: Floats, among: NDArray[np.bool_], weights: Floats) -> Floats:
+    kept = upper(among)
+    with np.errstate(invalid="ignore"):  # 0/0: no pair counts
+        return np.asarray(weights[:, kept] @ upper(measure)[kept] / weights[:, kept].sum(1))
 
 
 def alike(labels: Sequence[str]) -> NDArray[np.bool_]:
@@ -201,10 +215,32 @@ def alike(labels: Sequence[str]) -> NDArray[np.bool_]:
     return np.asarray(array[:, None] == array)
 
 
-def silhouette(
+def silhouette(distances: Floats, labels: Sequence[str]) -> float:
+    """How much nearer a model's own cluster is than the next one, in the mean (Rousseeuw 1987).
+
+    Args:
+        distances: [M, M], zero on the diagonal.
+        labels: M of them, two or more different ones.
+
+    Returns:
+        In [-1, 1]; a model alone in its cluster counts as 0.
+    """
+    own = np.unique(np.array(labels), return_inverse=True)[1]
+    member = np.eye(own.max() + 1)[own]
+    sizes, models = member.sum(0), np.arange(len(own))
+    sums = distances @ member
+    inside = sums[models, own] / np.maximum(sizes[own] - 1, 1)
+    means = sums / sizes
+    means[models, own] = np.inf
+    outside = means.min(1)
+    larger = np.maximum(np.maximum(inside, outside), np.finfo(np.float64).tiny)
+    return float(np.where(sizes[own] > 1, (outside - inside) / larger, 0).mean())
+
+
+def silhouette_test(
     distances: Floats, labels: Sequence[str], generator: torch.Generator, shuffles: int = 999
-) -> dict[str, Any] | None:
-    """How well labels fit distances, and whether shuffled labels fit as well: a permutation test of the silhouette.
+) -> dict[str, float] | None:
+    """How well labels fit distances, and whether shuffled labels fit as well: a permutation test.
 
     Args:
         distances: [M, M], zero on the diagonal.
@@ -213,18 +249,14 @@ def silhouette(
         shuffles: how many.
 
     Returns:
-        ``silhouette`` in [-1, 1] (Rousseeuw 1987), its ``chance`` mean over shuffles, and the two-sided ``p``; none
-        where the labels are all one or all different.
+        ``silhouette``, its mean over shuffles ``chance``, and the two-sided ``p``; none where the labels are all one or
+        all different.
     """
-    numbers = np.unique(np.array(labels), return_inverse=True)[1]
     if not 2 <= len(set(labels)) < len(labels):
         return None
-
-    def of(order: Indices) -> float:
-        return float(silhouette_score(distances, numbers[order], metric="precomputed"))
-
-    found = of(np.arange(len(labels)))
-    shuffled = np.array([of(torch.randperm(len(labels), generator=generator).numpy()) for _ in range(shuffles)])
+    found, array = silhouette(distances, labels), np.array(labels)
+    orders = (torch.randperm(len(labels), generator=generator).numpy() for _ in range(shuffles))
+    shuffled = np.array([silhouette(distances, array[order].tolist()) for order in orders])
     chance = float(shuffled.mean())
     # Ties are counted in, and rounding must not break them.
     extreme = int((np.abs(shuffled - chance) >= abs(found - chance) - 1e-12).sum())
