@@ -236,7 +236,7 @@ def contact_sheet(title: str, rows: Sequence[SheetRow]) -> str:
     Returns:
         An inline SVG with the images inside.
     """
-    left, gap, top = 214, 12, 36
+    left, gap, top = 226, 12, 36
     width = left + max(row.size[0] for row in rows) + 8
     parts = [f'<text x="8" y="20" font-size="13" fill="{INK}">{escape(title)}</text>']
     y = top

@@ -54,13 +54,13 @@ class FisherStudy(Study):
     """Recipe whose recovery and probe make the embeddings."""
     overlaps: tuple[Annotated[int, pydantic.Field(ge=0)], ...] = (0, 1, 2, 3, 4, 5)
     """Classes that models of the planted pool share with its base models; none: no such pool is trained."""
-    sets: int = pydantic.Field(default=4, ge=1)
+    sets: int = pydantic.Field(default=5, ge=1)
     """Models of the planted pool for each overlap; the released study has 10."""
     way: int = pydantic.Field(default=5, ge=2)
     """Classes of a planted model, of the first twice as many of the data; the base models have the first ``way``."""
     architectures: tuple[str, ...] = pydantic.Field(default=("conv4:32", "resnet10:12"), min_length=1)
     """``name:width`` of planted models, taken in turn; there is a base model of each."""
-    epochs: int = pydantic.Field(default=20, ge=1)
+    epochs: int = pydantic.Field(default=30, ge=1)
     """Passes over the training images of a planted model."""
     data: str = "icons"
     """What planted models learn from: a shipped domain (meta-train classes), or a folder or CSV file of images."""
@@ -262,7 +262,8 @@ def weight_distances(pools: Pools) -> NDArray[np.float64]:
 def _direction(pools: Pools, id: str) -> torch.Tensor:
     parameters = [value for name, value in pools.get(id).network.named_parameters() if not name.startswith("head.")]
     flat = torch.cat([value.detach().flatten() for value in parameters]).double()
-    return flat / flat.norm()
+    direction: torch.Tensor = flat / flat.norm()
+    return direction
 
 
 def _rows(pool: str, pools: Pools, measures: Mapping[str, NDArray[np.float64]]) -> list[Row]:
