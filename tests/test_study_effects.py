@@ -11,7 +11,7 @@ from metapool.base.errors import MetapoolError
 from metapool.base.store import Store
 from metapool.evaluate import Interval
 from metapool.interface.cli import main
-from metapool.interface.studies.effects import FACTORS, Effects, _answer
+from metapool.interface.studies.effects import FACTORS, EffectsStudy, _answer
 from metapool.interface.studies.study import Findings
 
 SMALL = {
@@ -59,9 +59,9 @@ def test_a_whole_study(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_mistakes_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MetapoolError, match="models: the pool has 3, not 30"):
-        Effects(recipe=str(recipe), factors=("models",)).measure(Store(tmp_path))
+        EffectsStudy(recipe=str(recipe), factors=("models",)).measure(Store(tmp_path))
     with pytest.raises(MetapoolError, match="classes: the data has 8 to train on, not 20"):
-        Effects(recipe=str(recipe), factors=("classes",)).measure(Store(tmp_path))
+        EffectsStudy(recipe=str(recipe), factors=("classes",)).measure(Store(tmp_path))
     with pytest.raises(SystemExit):
         main(["study", "effects", "--alpha", "-1", "0"])
     assert "alpha" in capsys.readouterr().err
@@ -78,6 +78,6 @@ def test_the_answer_follows_the_intervals() -> None:
 
 def test_a_figure_of_one_factor() -> None:
     row = {"factor": "groups", "value": "1", "way": 5, "shot": 1, "mean": 50.0, "low": 49.0, "high": 51.0}
-    drawn = Effects().draw(Findings([row, {**row, "value": "7", "mean": 52.0, "high": 53.0}], "", {}))[""]
+    drawn = EffectsStudy().draw(Findings([row, {**row, "value": "7", "mean": 52.0, "high": 53.0}], "", {}))[""]
     assert "groups" in drawn
     assert "1-shot" in drawn

@@ -16,7 +16,7 @@ from metapool.base.images import InputSpec
 from metapool.base.store import Store
 from metapool.evaluate import evaluate
 from metapool.interface.cli import main
-from metapool.interface.studies.gain import Gain, said, train_pair, trend
+from metapool.interface.studies.gain import GainStudy, said, train_pair, trend
 from metapool.interface.studies.trials import draw_exam
 
 SETTINGS: dict[str, Any] = {
@@ -62,7 +62,7 @@ def test_a_whole_study(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_class_sets_have_the_overlap_that_they_say() -> None:
-    models, about = Gain(sets=3)._models(64)
+    models, about = GainStudy(sets=3)._models(64)
     basic = set(models["basic"][1])
     assert len(basic) == 5
     for id, (network, overlap, varies) in about.items():
@@ -119,7 +119,7 @@ def test_bootstrap_intervals_are_about_as_wide_as_theory_says() -> None:
 def test_a_pair_learns_from_both_banks(learner: str) -> None:
     input = InputSpec(channels=1, height=16, width=16, mean=(0.5,), std=(0.3,))
     basic, other = stripes(POOL_KINDS[:2], 8), stripes(POOL_KINDS[2:4], 8)
-    settings = Gain.model_validate({**SETTINGS, "learner": learner})
+    settings = GainStudy.model_validate({**SETTINGS, "learner": learner})
     pairs = [train_pair(tasks, input, settings, 0) for tasks in ([basic, basic], [basic, other], [basic, other])]
     weights = [torch.cat([value.flatten() for value in pair.state_dict().values()]).double() for pair in pairs]
     torch.testing.assert_close(weights[1], weights[2], rtol=0, atol=0)
@@ -130,9 +130,9 @@ def test_a_pair_learns_from_both_banks(learner: str) -> None:
 
 def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MetapoolError, match="way: models that share no class need 10 classes"):
-        Gain(data=str(data)).measure(Store(tmp_path))
+        GainStudy(data=str(data)).measure(Store(tmp_path))
     with pytest.raises(ValueError, match="architectures_overlap is at most way, 3, not 4"):
-        Gain(way=3, architectures_overlap=4)
+        GainStudy(way=3, architectures_overlap=4)
     with pytest.raises(SystemExit):
         main(["study", "gain", "--sets", "1"])
     assert "sets" in capsys.readouterr().err

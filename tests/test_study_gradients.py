@@ -17,7 +17,7 @@ from metapool.gradients import Batch, describe
 from metapool.interface.cli import main
 from metapool.interface.recipe import Recipe
 from metapool.interface.studies import gradients
-from metapool.interface.studies.gradients import Gradients, answer_of, changes
+from metapool.interface.studies.gradients import GradientsStudy, answer_of, changes
 from metapool.interface.studies.single_steps import SingleStep, step_differences, step_seconds
 from metapool.interface.studies.study import Row
 from metapool.methods.tgr import TGR
@@ -182,4 +182,4 @@ def test_wrong_settings_name_the_field(pool: Path, tmp_path: Path, capsys: Outpu
             main(["study", "gradients", "--pool", str(pool), *arguments, "--store", str(tmp_path / "store")])
         assert says in " ".join(re.sub("[│╭╰─╮╯]", " ", capsys.readouterr().err).split()).replace(": ", " ")
     assert not (tmp_path / "store").exists()
-    assert Gradients().alphas == (1e-3, 1e-2, 1e-1)
+    assert GradientsStudy().alphas == (1e-3, 1e-2, 1e-1)

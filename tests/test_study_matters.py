@@ -17,7 +17,7 @@ from metapool.evaluate import Interval, Scores
 from metapool.interface.cli import main
 from metapool.interface.recipe import open_pool, training_images
 from metapool.interface.studies.inputs import KINDS, bank_of, noise, real_images, strokes
-from metapool.interface.studies.matters import Matters, verdict
+from metapool.interface.studies.matters import MattersStudy, verdict
 from metapool.interface.studies.trials import gap_over_episodes, gap_over_seeds, in_words, over_seeds
 from metapool.pool import ModelPool
 from metapool.recover import GeneratorRecovery
@@ -64,13 +64,13 @@ def test_a_whole_study(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_mistakes_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(MetapoolError, match="models: the pool has 3, not 12"):
-        Matters(recipe=str(recipe)).measure(Store(tmp_path))
+        MattersStudy(recipe=str(recipe)).measure(Store(tmp_path))
     other = tmp_path / "other.yaml"
     other.write_text("method: {name: ensemble}\n")
     with pytest.raises(MetapoolError, match="a recipe of tgr was expected, not of ensemble"):
-        Matters(recipe=str(other)).measure(Store(tmp_path))
+        MattersStudy(recipe=str(other)).measure(Store(tmp_path))
     with pytest.raises(ValueError, match="every strength once"):
-        Matters(strengths=(0.1, 0.1))
+        MattersStudy(strengths=(0.1, 0.1))
     with pytest.raises(SystemExit):
         main([*flags(recipe, tmp_path), "--seeds", "1"])
     assert "seeds" in capsys.readouterr().err

@@ -17,10 +17,10 @@ from metapool.gradients import explicit_gradient, implicit_step
 from metapool.interface.cli import main
 from metapool.interface.studies import small_tasks, two_tasks
 from metapool.interface.studies.study import write_study
-from metapool.interface.studies.theorems import Theorems, answer_of, lines, resampled_means
+from metapool.interface.studies.theorems import TheoremsStudy, answer_of, lines, resampled_means
 
 Output = pytest.CaptureFixture[str]
-SMALL = Theorems(seeds=3, halvings=2, alpha=0.01, draws=20, auxiliary=(20, 100), distances=(0.0, 1.0, 6.0))
+SMALL = TheoremsStudy(seeds=3, halvings=2, alpha=0.01, draws=20, auxiliary=(20, 100), distances=(0.0, 1.0, 6.0))
 ROOT = Path(__file__).parent.parent
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from metapool.interface.figures import standalone
 from metapool.interface.studies.study import Findings
-from metapool.interface.studies.theorems import Theorems, lines
+from metapool.interface.studies.theorems import TheoremsStudy, lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "studies" / "theorems.json"
@@ -135,7 +135,7 @@ def figures() -> dict[str, str]:
         SVG by file name.
     """
     result = json.loads(RESULT.read_text())
-    study = Theorems.model_validate(result["settings"])
+    study = TheoremsStudy.model_validate(result["settings"])
     drawn = study.draw(Findings(result["rows"], result["answer"], result["summary"]))
     return {"-".join(filter(None, ("theorems", part))) + ".svg": standalone(svg) for part, svg in drawn.items()}
 

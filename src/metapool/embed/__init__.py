@@ -6,7 +6,7 @@ TGR (Wei et al. 2024), gradients are squared per image *before* they are average
 prediction, the probe is in eval mode, and its head is fitted to the task first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,8 +185,37 @@ def cka(first: Tensor, second: Tensor) -> float:
     """
     if len(first) != len(second) or len(first) < 4:
         raise ValueError(f"CKA needs features of the same 4 or more images, got {len(first)} and {len(second)}")
-    one, two = (_centred_kernel(features.detach().double()) for features in (first, second))
-    return float((one * two).sum() / (one.norm() * two.norm()).clamp(min=torch.finfo(one.dtype).tiny))
+    return float(minibatch_cka([first, second], len(first))[0, 1])
+
+
+def minibatch_cka(features: Sequence[Tensor], batch: int) -> NDArray[np.float64]:
+    r""":func:`cka` of all pairs of many sets of features, a batch of images at a time (Nguyen et al. 2021).
+
+    .. math:: \frac{\sum_b \mathrm{HSIC}_1(K_b, L_b)}
+        {\sqrt{\sum_b \mathrm{HSIC}_1(K_b, K_b)} \sqrt{\sum_b \mathrm{HSIC}_1(L_b, L_b)}}
+
+    Every term is unbiased, whatever the size of its batch; memory and time grow with N and not with its square.
+
+    Args:
+        features: M of them, float [N, D_m], of the same N >= 4 images. Neighbours share a batch, so the images should
+            be in random order.
+        batch: least number of images of a batch, >= 4; batches are as equal as can be.
+
+    Returns:
+        float64 [M, M], symmetric, 1 on the diagonal (0 for constant features); with one batch, what :func:`cka` gives.
+
+    Raises:
+        ValueError: fewer than 4 images in all or in a batch, or unequal numbers of them.
+    """
+    counts = sorted({len(one) for one in features})
+    if len(counts) != 1 or counts[0] < 4 or batch < 4:
+        raise ValueError(f"CKA needs batches of 4 or more images, the same for all; got {counts} in batches of {batch}")
+    total = torch.zeros(len(features), len(features), dtype=torch.float64)
+    for rows in torch.arange(counts[0]).tensor_split(max(1, counts[0] // batch)):
+        kernels = torch.stack([_centred_kernel(one[rows].detach().double()).flatten() for one in features])
+        total += kernels @ kernels.T / (len(rows) * (len(rows) - 3))
+    norms = total.diagonal().sqrt()
+    return np.asarray(total / torch.outer(norms, norms).clamp(min=torch.finfo(total.dtype).tiny))
 
 
 def _centred_kernel(features: Tensor) -> Tensor:

@@ -2,18 +2,26 @@
 
 from collections.abc import Mapping
 
-from metapool.interface.studies.effects import Effects
-from metapool.interface.studies.gain import Gain
-from metapool.interface.studies.gradients import Gradients
-from metapool.interface.studies.matters import Matters
+from metapool.interface.studies.cka import CKAStudy
+from metapool.interface.studies.effects import EffectsStudy
+from metapool.interface.studies.embeddings import EmbeddingsStudy
+from metapool.interface.studies.fisher import FisherStudy
+from metapool.interface.studies.gain import GainStudy
+from metapool.interface.studies.gradients import GradientsStudy
+from metapool.interface.studies.matters import MattersStudy
+from metapool.interface.studies.recoveries import RecoveriesStudy
 from metapool.interface.studies.study import Study
-from metapool.interface.studies.theorems import Theorems
+from metapool.interface.studies.theorems import TheoremsStudy
 
 STUDIES: Mapping[str, type[Study]] = {
-    "gain": Gain,
-    "gradients": Gradients,
-    "theorems": Theorems,
-    "matters": Matters,
-    "effects": Effects,
+    "cka": CKAStudy,
+    "gain": GainStudy,
+    "fisher": FisherStudy,
+    "gradients": GradientsStudy,
+    "theorems": TheoremsStudy,
+    "matters": MattersStudy,
+    "effects": EffectsStudy,
+    "embeddings": EmbeddingsStudy,
+    "recoveries": RecoveriesStudy,
 }
-"""Every study by its name."""
+"""Every study by its name, figures of the paper first."""

@@ -48,7 +48,7 @@ AXES: Mapping[Factor, str] = {
 Counts = Annotated[tuple[Annotated[int, pydantic.Field(ge=1)], ...], pydantic.Field(min_length=2)]
 
 
-class Effects(TrialStudy):
+class EffectsStudy(TrialStudy):
     """One-at-a-time sweeps; values of one factor share seeds and, but for way and shot, episodes."""
 
     title: ClassVar[str] = "what each quantity does: models, groups, teachers, α, images, names, classes, way, shot"

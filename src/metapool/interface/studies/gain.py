@@ -50,7 +50,7 @@ LEARNERS: Mapping[str, tuple[AnyLearner, float]] = {
 _BASIC = "basic"
 
 
-class Gain(Study):
+class GainStudy(Study):
     """Pairs of a basic model and an auxiliary one; whether what the second adds rises and falls with heterogeneity."""
 
     title: ClassVar[str] = "what a second model adds, by how unlike the first one it is"
@@ -92,7 +92,7 @@ class Gain(Study):
     """Episodes of evaluation, the same for all."""
 
     @pydantic.model_validator(mode="after")
-    def _overlap_within_way(self) -> "Gain":
+    def _overlap_within_way(self) -> "GainStudy":
         if self.architectures_overlap > self.way:
             raise ValueError(f"architectures_overlap is at most way, {self.way}, not {self.architectures_overlap}")
         return self
@@ -218,7 +218,7 @@ class Gain(Study):
         return drawn
 
 
-def train_pair(tasks: Sequence[LabelledImages], input: InputSpec, settings: Gain, seed: int) -> MetaModel:
+def train_pair(tasks: Sequence[LabelledImages], input: InputSpec, settings: GainStudy, seed: int) -> MetaModel:
     """A meta-model of two banks, each of whose episodes count alike.
 
     Args:
@@ -247,7 +247,7 @@ def train_pair(tasks: Sequence[LabelledImages], input: InputSpec, settings: Gain
 
 
 def _train_unit(
-    settings: Gain, bank: TaskBank, input: InputSpec, exam: Exam, pairs: Mapping[str, tuple[str, int]], name: str,
+    settings: GainStudy, bank: TaskBank, input: InputSpec, exam: Exam, pairs: Mapping[str, tuple[str, int]], name: str,
     folder: Path,
 ) -> None:  # fmt: skip
     id, seed = pairs[name]

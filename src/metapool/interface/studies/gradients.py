@@ -39,7 +39,7 @@ SEEN = ("discrepancy", "relative", "cosine", "loss")
 Alpha = Annotated[float, pydantic.Field(gt=0, le=10)]
 
 
-class Gradients(Study):
+class GradientsStudy(Study):
     """Meta-training with and without implicit gradient regularization, on equal batches from equal weights.
 
     Stage 4 alone: no replay, no block frozen, the paper's task loss and ours, everything else as in the main recipe.

@@ -71,7 +71,7 @@ class Question:
         return ((replay, variant) for replay in self.replay for variant in self.variants)
 
 
-class Matters(TrialStudy):
+class MattersStudy(TrialStudy):
     """Trainings that differ in one thing; differences are paired by seed, to the variant that is claimed to be best."""
 
     title: ClassVar[str] = "does recovery matter, does grouping matter, does gradient regularization matter"

@@ -26,7 +26,7 @@ KINKED, SMOOTH = "conv4", "tanh"
 Distance = Annotated[float, pydantic.Field(ge=0, le=2 * two_tasks.NORM)]
 
 
-class Theorems(Study):
+class TheoremsStudy(Study):
     """Theorem 4.1: how far the implicit step is from the regularized gradient. Theorem 3.2: what another task is worth.
 
     Cost: about a minute of one core.
