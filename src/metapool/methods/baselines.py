@@ -47,7 +47,7 @@ class _Baseline(Settings):
 
     def _bank(self, pool: ModelPool, store: Store, seed: int) -> tuple[TaskBank, Tensor]:
         bank = self.prepare(pool, store, seed)
-        images = bank.labelled("distinct", pool.manifest.models[0].input).images
+        images = bank.labelled("distinct", pool.input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "moments"))[: self.bank_images]
         return bank, to_float(images[drawn])
 
@@ -84,12 +84,13 @@ class Untrained(_Baseline):
             The model.
         """
         _, images = self._bank(pool, store, seed)
-        first = pool.manifest.models[0]
-        spec = first.network.model_copy(update={"architecture": "conv4", "width": self.width})
+        input, first = pool.input, pool.manifest.models[0].network
+        shape = {"channels": input.channels, "height": input.height, "image_width": input.width}
+        spec = first.model_copy(update={"architecture": "conv4", "width": self.width, **shape})
         network = build(spec, generator_for(seed, "untrained"))
-        statistics = running_statistics(network, {}, first.input.prepare(images))
+        statistics = running_statistics(network, {}, input.prepare(images))
         network.load_state_dict({**network.state_dict(), **statistics})
-        return MetaModel(network, spec, ProtoNet(normalise=True), first.input)
+        return MetaModel(network, spec, ProtoNet(normalise=True), input)
 
 
 class BestSingle(_Baseline):
@@ -212,7 +213,7 @@ class Average(_Baseline):
 
 def _recovered(bank: TaskBank, pool: ModelPool) -> LabelledImages:
     """Recovered images whose labels hold across models: classes of one name are one class."""
-    return bank.labelled("by-name", pool.manifest.models[0].input)
+    return bank.labelled("by-name", pool.input)
 
 
 class _Encoded:

@@ -147,7 +147,7 @@ class TGR(MetaTraining):
         """
         bank, groups, views = self.prepare(pool, store, seed)
         key = self.key(bank, groups, seed, validation)
-        input = pool.manifest.models[0].input
+        input = pool.input
         build_model = partial(self.train, bank, groups, views, input, store, seed, validation, key)
         return MetaModel.load(store.artifact("meta-model", key, build_model))
 
@@ -164,7 +164,7 @@ class TGR(MetaTraining):
         """
         bank = recover_pool(pool, self.recovery, store)
         groups = self.grouped(pool, bank, store, seed)
-        input = pool.manifest.models[0].input
+        input = pool.input
         views = view_bank(pool, bank, [pool.ids], input, self.views, store)[0] if self.relational else None
         return bank, groups, views
 
@@ -212,7 +212,7 @@ class TGR(MetaTraining):
         Returns:
             Model ids of every group.
         """
-        embeddings = embed_bank(bank, pool.manifest.models[0].input, self.probe, store)
+        embeddings = embed_bank(bank, pool.input, self.probe, store)
         distances = dissimilarity(embeddings)
         smallest = min(self.teachers, len(pool))
         return [
