@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from metapool.base.networks import TIMM
 from metapool.base.store import Store
 from metapool.interface import recipe as recipes
 from metapool.interface.cli.progress import Progress
@@ -110,7 +111,7 @@ class PoolShow:
         for entry in pool.manifest.models:
             network, size = entry.network, "x".join(map(str, entry.input.shape))
             accuracy = "" if entry.accuracy is None else f"{entry.accuracy:.1f}"
-            name = f"{network.architecture}:{network.width}"
+            name = network.architecture + f":{network.width}" * (not network.architecture.startswith(TIMM))
             table.add_row(entry.id, name, size, accuracy, escape(entry.licence), escape(", ".join(entry.classes)))
         Console().print(table)
         print(pool_summary(pool))
