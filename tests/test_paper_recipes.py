@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Callable
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_the_pools_are_what_the_paper_says() -> None:
     ]  # fmt: skip
     for recipe in PAPER:
         for command in (command for command in commands(recipe) if command[:2] == ["pool", "build"]):
-            flags = {word: after for word, after in zip(command, command[1:]) if word.startswith("--")}
+            flags = {word: after for word, after in pairwise(command) if word.startswith("--")}
             assert flags["--models"] == "100"
             assert flags["--epochs"] == ("100" if flags["--data"] == "cub" else "60")
             assert flags["--batch"] == "128"
