@@ -42,7 +42,7 @@ from metapool.evaluate import evaluate
 from metapool.interface.figures import PALETTE
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks, standalone
 from metapool.interface.figures.labels import Box, Label, write_labels
-from metapool.interface.recipe import Recipe, cores, evaluation_images, load_recipe, open_pool
+from metapool.interface.recipe import Recipe, cores, load_recipe, open_pool, scored_images
 from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.recover import GeneratorRecovery
@@ -102,7 +102,7 @@ def measure(recipe: Recipe, method: TGR, budgets: list[int], seed: int, result: 
     """
     pool = open_pool(recipe.pool)[: recipe.limit]
     settings = recipe.evaluation
-    images = evaluation_images(settings.data, "test", pool.manifest.models[0].input, settings.root)
+    images = scored_images(settings, pool.input)
     episodes = {
         shot: sample_episodes(images, settings.way, shot, settings.query, settings.episodes, settings.seed)
         for shot in settings.shots

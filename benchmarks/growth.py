@@ -44,7 +44,7 @@ from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
 from metapool.interface.figures import PALETTE
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks, standalone
-from metapool.interface.recipe import Evaluation, cores, evaluation_images, load_recipe, open_pool, validation_images
+from metapool.interface.recipe import Evaluation, cores, load_recipe, open_pool, scored_images, validation_images
 from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool, PretrainedModel
@@ -159,7 +159,7 @@ def run_stages(work: Work, pool: ModelPool, store: Store, connection: "Connectio
 
     method, settings = work.method, work.evaluation
     input = pool.manifest.models[0].input
-    images = evaluation_images(settings.data, "test", input)
+    images = scored_images(settings, input)
     validation = validation_images(settings, input)
     with stage("recover"):
         bank = recover_pool(pool, method.recovery, store)

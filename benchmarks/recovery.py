@@ -59,7 +59,7 @@ from metapool.evaluate import Interval, Scores, evaluate, paired_difference
 from metapool.interface.figures import Point, pareto_frontier
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks, standalone
 from metapool.interface.figures.labels import Box, Label, write_labels
-from metapool.interface.recipe import Recipe, evaluation_images, load_recipe, open_pool, training_images
+from metapool.interface.recipe import Recipe, evaluation_images, load_recipe, names_of, open_pool, training_images
 from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool, PretrainedModel
@@ -343,7 +343,8 @@ class Bench:
         self.sizes, self.store = sizes, store
         self.pool = open_pool(recipe.pool)[: sizes.models]
         input = self.pool.manifest.models[0].input
-        real = training_images(recipe.evaluation.data, input.height, input.channels)
+        (data,) = names_of(recipe.evaluation.data)
+        real = training_images(data, input.height, input.channels)
         unknown = {name for entry in self.pool.manifest.models for name in entry.classes} - set(real.classes)
         if unknown:
             raise SystemExit(f"no judge can be trained on classes of the pool such as {min(unknown)!r}")
@@ -351,7 +352,7 @@ class Bench:
         self.real = {
             entry.id: self.judges.judge(self.judges.real(entry.classes)) for entry in self.pool.manifest.models
         }
-        self.validation = evaluation_images(recipe.evaluation.data, "val", input)
+        self.validation = evaluation_images(data, "val", input)
         self.episodes = {
             shot: sample_episodes(self.validation, 5, shot, 15, sizes.episodes, recipe.evaluation.seed)
             for shot in (1, 5)

@@ -380,7 +380,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 def test_a_pool_of_unlike_models(name: str, tiny_pool: ModelPool, kept: Store) -> None:
     """16 and 32 pixels, one channel and three, two to four classes."""
     model = brief(learner=LEARNERS[name]).fit(tiny_pool, kept, 0)
-    assert model.input == tiny_pool.manifest.models[0].input
+    assert model.input == tiny_pool.input
     assert sorted(record["model"] for record in model.history[:4]) == tiny_pool.ids, "all in turn"
     for record in model.history:
         assert torch.tensor([record["loss"], record["replay"]]).isfinite().all()

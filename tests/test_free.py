@@ -211,7 +211,7 @@ def test_descending_the_adversarial_loss_drives_the_two_apart() -> None:
 
 
 def five(pool: ModelPool, method: FREE = METHOD, seed: int = 0) -> MetaGenerator:
-    input = pool.manifest.models[0].input
+    input = pool.input
     noise = torch.zeros(2, *input.shape, dtype=torch.uint8)
     return MetaGenerator(method, pool, Student(8, 3, method.learner, input, noise, seed), seed)
 
@@ -346,7 +346,7 @@ def test_a_record_of_every_step(unbroken: MetaModel, tiny_pool: ModelPool) -> No
     for record in unbroken.history:
         numbers = [record[name] for name in ("recovery", "loss", "discrepancy", "cosine", "replay") if name in record]
         assert torch.tensor(numbers).isfinite().all()
-    assert unbroken.input == tiny_pool.manifest.models[0].input
+    assert unbroken.input == tiny_pool.input
 
 
 def test_same_seed_same_bits_other_seed_other_bits(

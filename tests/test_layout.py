@@ -16,7 +16,7 @@ def of_root(path: Path) -> str:
 
 
 def test_the_tree_is_found() -> None:
-    assert ROOT / "src" / "metapool" / "pool.py" in PACKAGE
+    assert ROOT / "src" / "metapool" / "bank.py" in PACKAGE
     assert Path(__file__) in TESTS
 
 

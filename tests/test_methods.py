@@ -358,7 +358,7 @@ def test_the_first_step_descends_the_mean_gradient_when_alpha_is_zero(tiny_pool:
 def test_all_losses_at_once_are_the_losses_one_by_one(tiny_pool: ModelPool, kept: Store) -> None:
     method = brief(teachers=3, groups=1)
     bank = recover_pool(tiny_pool, toys.HASTY, kept)
-    input = tiny_pool.manifest.models[0].input
+    input = tiny_pool.input
     views = view_bank(tiny_pool, bank, [tiny_pool.ids], input, method.views, kept)[0]
     student = Student(8, 3, method.learner, input, bank.labelled("distinct", input).images, 0)
     tasks = Tasks(method, student, bank, [tiny_pool.ids], views)
@@ -377,7 +377,7 @@ def test_teachers_judge_images_of_their_group_and_replay_those_of_all(
     tiny_pool: ModelPool, kept: Store, tmp_path: Path
 ) -> None:
     bank = recover_pool(tiny_pool, toys.HASTY, kept)
-    input = tiny_pool.manifest.models[0].input
+    input = tiny_pool.input
     method = brief(batch=64, replay_batch=400)
     views = view_bank(tiny_pool, bank, [tiny_pool.ids], input, method.views, kept)[0]
     groups = [tiny_pool.ids[:1], tiny_pool.ids[1:]]
@@ -401,7 +401,7 @@ def test_teachers_judge_images_of_their_group_and_replay_those_of_all(
 
 def test_one_name_in_two_models_brings_their_images_nearer(tiny_pool: ModelPool, kept: Store) -> None:
     bank = recover_pool(tiny_pool, toys.HASTY, kept)
-    input = tiny_pool.manifest.models[0].input
+    input = tiny_pool.input
     method = brief(replay_batch=200)
     views = view_bank(tiny_pool, bank, [tiny_pool.ids], input, method.views, kept)[0]
     ids = list(views.features)
@@ -574,7 +574,7 @@ def test_a_whitened_ensemble_evens_out_its_directions(tiny_pool: ModelPool, kept
         assert isinstance(ensemble, Ensemble)
         assert ensemble.projection is None if not whiten else ensemble.projection.shape[1] == 6
         bank = recover_pool(tiny_pool, toys.HASTY, kept)
-        images = bank.labelled("by-name", tiny_pool.manifest.models[0].input).images
+        images = bank.labelled("by-name", tiny_pool.input).images
         return ensemble.encode(to_float(images)).square().mean(0)
 
     torch.testing.assert_close(strengths(1.0), torch.ones(6), rtol=1e-2, atol=1e-2)

@@ -1,12 +1,15 @@
 """Networks by name: shapes, initial weights, seeds."""
 
+import sys
 from typing import cast
 
 import cases
+import pydantic
 import pytest
 import torch
 from torch import nn
 
+from metapool.base.errors import MetapoolError
 from metapool.base.functional import BatchNorm, call, params_of
 from metapool.base.networks import Architecture, ConvBlock, Network, NetworkSpec, build, initialise
 
@@ -15,7 +18,7 @@ def built(architecture: Architecture, shape: cases.Shape, classes: int = 5, widt
     return build(cases.network_spec(architecture, shape, classes, width), torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("architecture", ["conv4", "resnet10", "resnet18"])
+@pytest.mark.parametrize("architecture", ["conv4", "resnet10", "resnet18", "vgg7"])
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 32, 32), (1, 20, 28), (2, 17, 31)], ids=str)
 @pytest.mark.parametrize("classes", [1, 2, 7])
 def test_any_size_channels_and_classes(architecture: Architecture, shape: cases.Shape, classes: int) -> None:
@@ -36,7 +39,7 @@ def test_features_of_conv4_and_resnets_have_the_papers_sizes() -> None:
 
 
 def test_numbers_of_weighted_layers_are_those_in_the_names() -> None:
-    for architecture, layers in (("conv4", 4), ("resnet10", 9), ("resnet18", 17)):
+    for architecture, layers in (("conv4", 4), ("resnet10", 9), ("resnet18", 17), ("vgg7", 6)):
         network = built(cast(Architecture, architecture), (1, 32, 32))
         convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
         assert len(convolutions) == layers
@@ -137,3 +140,42 @@ def test_maps_lie_channels_last_also_where_weights_came_out_of_arithmetic(
     images = torch.rand(4, channels, 32, 32)
     call(network, moved, images)
     assert seen == [True] * 4
+
+
+TIMM = "timm:mobilenetv3_small_050"
+
+
+def test_a_network_of_timm_is_drawn_by_our_seed_with_our_batch_norm() -> None:
+    pytest.importorskip("timm")
+    first, again, other = (built(TIMM, (1, 32, 32), seed=seed) for seed in (0, 0, 1))
+    torch.testing.assert_close(dict(first.state_dict()), dict(again.state_dict()), rtol=0, atol=0)
+    assert not torch.equal(first.head.weight, other.head.weight)
+    norms = [module for module in first.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert len(norms) > 10
+    assert all(isinstance(norm, BatchNorm) for norm in norms)
+    images = torch.randn(4, 1, 32, 32)
+    assert first.features(images).shape == (4, first.head.in_features)
+    alone = call(first, params_of(first), images, first=2)[:2]
+    torch.testing.assert_close(alone, call(first, params_of(first), images[:2]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("timm:no_such_net", "knows no model of this name"), ("timm:vit_tiny_patch16_224", "convolutions")],
+)
+def test_what_timm_does_not_know_or_we_cannot_draw_is_refused(name: str, message: str) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(MetapoolError, match=f"{name}: .*{message}"):
+        built(name, (3, 224, 224))
+
+
+@pytest.mark.parametrize("name", ["timm:hf-hub:someone/net", "timm:../x", "timm:", "timm:A"])
+def test_a_name_of_timm_is_one_word(name: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match="architecture"):
+        cases.network_spec(name, (1, 32, 32), 5)
+
+
+def test_without_timm_its_networks_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(MetapoolError, match=r"timm:resnet18 needs timm: pip install 'metapool\[vit\]'"):
+        built("timm:resnet18", (1, 32, 32))

@@ -27,7 +27,7 @@ from metapool.methods.tgr import TGR
 from metapool.realdata import datasets
 from metapool.recover import GeneratorRecovery, PixelRecovery
 
-SHIPPED = sorted(path.stem for path in recipes.RECIPES.glob("*.yaml"))
+SHIPPED = recipes.shipped_recipes()
 
 
 def written(path: Path, content: object) -> str:
@@ -39,7 +39,7 @@ def written(path: Path, content: object) -> str:
 
 
 def test_the_shipped_recipes_are_there_and_no_name_means_the_main_job() -> None:
-    assert {"main", "quick"} <= set(SHIPPED)
+    assert {"main", "quick", "paper/cub"} <= set(SHIPPED)
     assert load_recipe(None) == load_recipe("main")
     assert load_recipe("quick").quick
     assert not load_recipe("main").quick
@@ -48,11 +48,15 @@ def test_the_shipped_recipes_are_there_and_no_name_means_the_main_job() -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
-    assert recipe.name == name
+    assert recipe.name == name.replace("/", "-")
     assert load_recipe(written(tmp_path / "again.yaml", recipe_text(recipe))) == recipe
     methods = recipe.methods()
     assert list(methods) == [recipe.method.name, *recipe.compare]
-    assert len(open_pool(recipe.pool)) >= (recipe.limit or 1)
+    if (recipes.SHIPPED / recipe.pool).is_dir():
+        assert len(open_pool(recipe.pool)) >= (recipe.limit or 1)
+    else:
+        text = (recipes.RECIPES / f"{name}.yaml").read_text()
+        assert f"--out {recipe.pool}\n" in text or f"pool join {recipe.pool} " in text, "it says how to make its pool"
 
 
 @pytest.mark.parametrize(
@@ -64,6 +68,7 @@ def test_a_shipped_recipe_is_whole(name: str, tmp_path: Path) -> None:
         {"variants": {"mine": TGR(steps=3), "other": EnsembleAll()}, "compare": ("mine", "other", "ensemble-2")},
         {"references": {"older": "runs/older/model"}, "limit": 3, "seed": -4, "jobs": 7},
         {"evaluation": Evaluation(data="/some/folder", validation=None, shots=(2,), root="x")},
+        {"evaluation": Evaluation(data=("icons", "cub"), root=("", "x"), validation=("icons", "logos"))},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -94,6 +99,9 @@ WRONG: dict[str, tuple[object, str]] = {
     "no shots": ({"evaluation": {"shots": []}}, "evaluation.shots: "),
     "one episode": ({"evaluation": {"episodes": 1}}, "evaluation.episodes: "),
     "a student too wide to be saved": ({"method": {"name": "tgr", "width": 513}}, "method.tgr.width: "),
+    "no data": ({"evaluation": {"data": []}}, "evaluation.data: .*name one data set"),
+    "data given twice": ({"evaluation": {"data": ["icons", "icons"]}}, "evaluation.data: .*different"),
+    "a root too many": ({"evaluation": {"data": "cub", "root": ["a", "b"]}}, "evaluation: .*root: 2 folders for 1"),
     "name with a slash": ({"name": "a/b"}, "name: "),
     "name of the folder above": ({"name": ".."}, "name: "),
     "no model": ({"limit": 0}, "limit: "),
@@ -222,7 +230,10 @@ def test_training_images_are_the_train_classes_or_the_whole(folders: Path) -> No
     assert len(training_images(str(folders / "split"), 16, 1).classes) == 3
     plain = training_images(str(folders / "plain"), 18, 3)
     assert tuple(plain.images.shape) == (6, 3, 18, 18)
-    assert training_images("icons", 0, 0).digest() == datasets.shipped("icons", "train").digest()
+    assert training_images("emoji", 18, 1).images.shape[1:] == (3, 18, 18)
+    with pytest.raises(MetapoolError, match="--size 0: at least 1 pixel"):
+        training_images("emoji", 0, 3)
+    assert training_images("icons", None, 0).digest() == datasets.shipped("icons", "train").digest()
 
 
 def test_a_pool_is_opened_by_shipped_name_or_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,7 @@ def test_an_episode_is_cut_class_by_class() -> None:
 
 @pytest.fixture
 def memory(tiny_pool: ModelPool, tiny_bank: TaskBank) -> TaskMemory:
-    return TaskMemory(tiny_bank, tiny_pool.manifest.models[0].input, Teapot(**SMALL))
+    return TaskMemory(tiny_bank, tiny_pool.input, Teapot(**SMALL))
 
 
 def test_a_teacher_stays_with_its_task(memory: TaskMemory, tiny_bank: TaskBank) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from metapool.base.errors import MetapoolError
@@ -58,36 +59,41 @@ class Episodes:
 def sample_episodes(images: LabelledImages, way: int, shot: int, query: int, count: int, seed: int) -> Episodes:
     """Draws episodes: classes uniformly without replacement, then images of each without replacement.
 
+    An episode has classes of one domain. Each domain has the episodes that it would have alone.
+
     Args:
         images: whose labels are used; classes with fewer than ``shot + query`` images are never drawn.
         way: classes of an episode.
         shot: support images of a class.
         query: query images of a class.
-        count: E.
+        count: E, of each domain.
         seed: of the draw; the same seed gives the same *queries* for every shot, as long as the same classes have
             enough images.
 
     Returns:
-        The episodes.
+        The episodes, domain by domain.
 
     Raises:
-        MetapoolError: when fewer than ``way`` classes have enough images.
+        MetapoolError: when fewer than ``way`` classes of a domain have enough images.
     """
     labels = images.labels.numpy()
     members = [np.flatnonzero(labels == label) for label in range(len(images.classes))]
-    usable = [label for label, indices in enumerate(members) if len(indices) >= shot + query]
-    if len(usable) < way:
-        raise MetapoolError(
-            f"{way}-way {shot}-shot episodes with {query} queries need {way} classes of {shot + query} images; "
-            f"{len(usable)} of {len(members)} classes have so many (lower way, shot or query)"
-        )
-    random = np.random.default_rng(seed_for(seed, "episodes"))
-    drawn = np.empty((count, way, query + shot), dtype=np.int64)
-    for episode in range(count):
-        for position, label in enumerate(random.choice(usable, way, replace=False)):
-            # A full permutation, cut afterwards, so that the queries do not depend on the number of shots.
-            drawn[episode, position] = random.permutation(members[label])[: query + shot]
-    indices = torch.from_numpy(drawn)
+    parts: list[NDArray[np.int64]] = []
+    for domain, own in images.by_domain().items():
+        usable = [label for label in own if len(members[label]) >= shot + query]
+        if len(usable) < way:
+            raise MetapoolError(
+                f"{domain}{': ' * bool(domain)}{way}-way {shot}-shot episodes with {query} queries need {way} classes "
+                f"of {shot + query} images; {len(usable)} of {len(own)} classes have so many (lower way, shot or query)"
+            )
+        random = np.random.default_rng(seed_for(seed, "episodes"))
+        drawn = np.empty((count, way, query + shot), dtype=np.int64)
+        for episode in range(count):
+            for position, label in enumerate(random.choice(usable, way, replace=False)):
+                # A full permutation, cut afterwards, so that the queries do not depend on the number of shots.
+                drawn[episode, position] = random.permutation(members[label])[: query + shot]
+        parts.append(drawn)
+    indices = torch.from_numpy(np.concatenate(parts))
     return Episodes(support=indices[:, :, query:].contiguous(), query=indices[:, :, :query].contiguous())
 
 

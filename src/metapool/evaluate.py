@@ -2,8 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import overload
 
 import numpy as np
@@ -43,10 +43,35 @@ class Scores:
     """Accuracy of one model on every episode.
 
     Attributes:
-        accuracies: float64 [E], fractions in [0, 1].
+        accuracies: float64 [E], fractions in [0, 1]; of several domains the mean over them, episode number by episode
+            number. As episodes of a number are drawn in each domain for itself, the interval of these means is that of
+            a stratified sample: differences between domains do not widen it.
+        domains: of every domain alone; empty where there is but one.
     """
 
     accuracies: NDArray[np.float64]
+    domains: Mapping[str, "Scores"] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, accuracies: NDArray[np.float64], domains: Sequence[str]) -> "Scores":
+        """From the accuracies on all episodes.
+
+        Args:
+            accuracies: float64 [D · E], fractions in [0, 1], domain by domain.
+            domains: D names, or none for one domain.
+
+        Returns:
+            The scores.
+        """
+        if len(domains) < 2:
+            return cls(accuracies)
+        parts = accuracies.reshape(len(domains), -1)
+        return cls(parts.mean(0), {name: cls(part) for name, part in zip(domains, parts)})
+
+    @property
+    def every(self) -> NDArray[np.float64]:
+        """float64 [D · E], what :meth:`of` takes."""
+        return np.concatenate([part.accuracies for part in self.domains.values()] or [self.accuracies])
 
     @property
     def interval(self) -> Interval:
@@ -99,13 +124,13 @@ def evaluate(
     Returns:
         The accuracies, by name when the episodes have names.
     """
-    encoded = model.encode(to_float(images.images))
+    encoded, domains = model.encode(to_float(images.images)), tuple(images.by_domain())
     if isinstance(episodes, Episodes):
-        return _accuracies(model, encoded, episodes, progress)
-    return {name: _accuracies(model, encoded, some, progress) for name, some in episodes.items()}
+        return Scores.of(_accuracies(model, encoded, episodes, progress), domains)
+    return {name: Scores.of(_accuracies(model, encoded, some, progress), domains) for name, some in episodes.items()}
 
 
-def _accuracies(model: FewShotModel, encoded: Tensor, episodes: Episodes, progress: Progress) -> Scores:
+def _accuracies(model: FewShotModel, encoded: Tensor, episodes: Episodes, progress: Progress) -> NDArray[np.float64]:
     supports, queries = episodes.support.flatten(1), episodes.query.flatten(1)
     # Vectors are compared many episodes at a time, as many as stay in the cache; images have an inner loop each.
     size = (supports.shape[1] + queries.shape[1]) * encoded[0].numel()
@@ -122,7 +147,8 @@ def _accuracies(model: FewShotModel, encoded: Tensor, episodes: Episodes, progre
         done = start + len(support)
         if done // 100 > start // 100:
             progress("evaluate", done, len(episodes))
-    return Scores(torch.cat(accuracies).numpy())
+    every: NDArray[np.float64] = torch.cat(accuracies).numpy()
+    return every
 
 
 def few_shot_accuracy(model: FewShotModel, images: LabelledImages, seed: int, episodes: int = 200) -> float:
@@ -132,12 +158,12 @@ def few_shot_accuracy(model: FewShotModel, images: LabelledImages, seed: int, ep
         model: the candidate.
         images: of validation classes, or recovered ones; never those that results are reported on.
         seed: of the episodes; the same ones for every candidate.
-        episodes: number of episodes.
+        episodes: number of episodes, of every domain.
 
     Returns:
         Mean accuracy in percent.
     """
-    drawn = sample_episodes(images, min(5, len(images.classes)), 1, 5, episodes, seed)
+    drawn = sample_episodes(images, min(5, images.fewest_classes), 1, 5, episodes, seed)
     return evaluate(model, images, drawn).interval.mean
 
 

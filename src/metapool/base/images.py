@@ -61,10 +61,7 @@ class InputSpec(Settings):
         Returns:
             float [N, C, H, W] in [0, 1].
         """
-        images = convert_channels(images, self.channels)
-        if images.shape[-2:] != (self.height, self.width):
-            images = F.interpolate(images, (self.height, self.width), mode="bilinear", antialias=True)
-        return images
+        return resize(convert_channels(images, self.channels), self.height, self.width)
 
     def prepare(self, images: Tensor) -> Tensor:
         """What the network is to see of images of any size and number of channels.
@@ -89,11 +86,13 @@ class LabelledImages:
         images: uint8 [N, C, H, W].
         labels: int64 [N], in [0, K).
         classes: K names.
+        domains: K names of domains, where classes of several stand side by side; empty where all are of one.
     """
 
     images: Tensor
     labels: Tensor
     classes: tuple[str, ...]
+    domains: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -104,7 +103,22 @@ class LabelledImages:
         Returns:
             16 hexadecimal digits.
         """
-        return digest_of([digest_of_tensor(self.images), digest_of_tensor(self.labels), list(self.classes)])
+        parts = [digest_of_tensor(self.images), digest_of_tensor(self.labels), list(self.classes)]
+        return digest_of([*parts, list(self.domains)] if self.domains else parts)
+
+    def by_domain(self) -> dict[str, list[int]]:
+        """Which classes are of one domain; episodes are drawn within it.
+
+        Returns:
+            Labels by domain; all of them under an empty name where domains are not told apart.
+        """
+        names = self.domains or ("",) * len(self.classes)
+        return {name: [label for label, own in enumerate(names) if own == name] for name in dict.fromkeys(names)}
+
+    @property
+    def fewest_classes(self) -> int:
+        """Number of classes of the domain that has fewest: the largest way of an episode."""
+        return min(map(len, self.by_domain().values()))
 
     def take(self, rows: Tensor) -> "LabelledImages":
         """Only some images, in the order given.
@@ -115,7 +129,7 @@ class LabelledImages:
         Returns:
             These images, with the same class names.
         """
-        return LabelledImages(self.images[rows], self.labels[rows], self.classes)
+        return LabelledImages(self.images[rows], self.labels[rows], self.classes, self.domains)
 
     def select(self, classes: Sequence[int]) -> "LabelledImages":
         """Only some classes, relabelled 0, 1, … in the order given.
@@ -130,7 +144,8 @@ class LabelledImages:
         new_label[list(classes)] = torch.arange(len(classes))
         labels = new_label[self.labels]
         kept = labels >= 0
-        return LabelledImages(self.images[kept], labels[kept], tuple(self.classes[k] for k in classes))
+        names, domains = (tuple(every[k] for k in classes if every) for every in (self.classes, self.domains))
+        return LabelledImages(self.images[kept], labels[kept], names, domains)
 
 
 def digest_of_tensor(tensor: Tensor) -> str:
@@ -172,6 +187,22 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
     if channels == 1:
         return images.mean(1, keepdim=True)
     raise MetapoolError(f"cannot turn images of {present} channels into {channels}: one side must be grey")
+
+
+def resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Another size, bilinear with antialiasing.
+
+    Args:
+        images: float [N, C, H', W'].
+        height: the wanted H.
+        width: the wanted W.
+
+    Returns:
+        float [N, C, H, W]; the same tensor where the size is right already.
+    """
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode="bilinear", antialias=True)
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -1,20 +1,27 @@
-"""Networks by name, with a width: Conv4, ResNet-10 and ResNet-18 of the few-shot papers, a small vision transformer.
+"""Networks by name, with a width: Conv4, ResNet-10 and ResNet-18 of the few-shot papers, a small VGG, a transformer.
+
+Further convolutional networks come from timm, by their name there and without weights.
 
 Every network is an encoder and a head: ``features(images) -> [N, D]`` and ``forward = head(features)``.
 """
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metapool.base.errors import MetapoolError
 from metapool.base.functional import BatchNorm, convolve_and_normalise
 from metapool.base.store import Settings
 from metapool.base.transformer import HEAD_WIDTH, PATCH, initialise_transformer, vision_transformer
 
-Architecture = Literal["conv4", "resnet10", "resnet18", "vit", "vit-lora"]
+OwnArchitecture = Literal["conv4", "resnet10", "resnet18", "vgg7", "vit", "vit-lora"]
+Architecture = OwnArchitecture | Annotated[str, pydantic.Field(pattern=r"^timm:[a-z0-9_]+$")]
+TIMM = "timm:"
+VGG_STAGES = (1, 1, 2, 2)
+"""Convolutions of each stage: the first four of VGG-11 (Simonyan & Zisserman 2015, configuration A)."""
 RESNET_BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
 
 
@@ -22,9 +29,11 @@ class NetworkSpec(Settings):
     """Name and size of a network: all that is needed to build it before its weights are loaded."""
 
     architecture: Architecture
-    """``conv4``, ``resnet10``, ``resnet18``, ``vit``, or ``vit-lora``: the same with low-rank adapters."""
+    """``conv4``, ``resnet10``, ``resnet18``, ``vgg7``, ``vit``, ``vit-lora`` (the same with low-rank adapters), or
+    ``timm:NAME``, a convolutional network with batch norm that timm knows by that name."""
     width: int = pydantic.Field(ge=1, le=512)
-    """Channels of the first block; ResNets double it at every further stage. Of a transformer, that of its tokens."""
+    """Channels of the first block; ResNets and VGG double it at every further stage. Of a transformer, that of its
+    tokens; of a network of timm, which has its own, without meaning."""
     classes: int = pydantic.Field(ge=1, le=10_000)
     """Outputs of the head."""
     channels: int = pydantic.Field(ge=1, le=16)
@@ -94,10 +103,12 @@ class ConvBlock(nn.Sequential):
     Args:
         inputs: channels in.
         outputs: channels out.
+        pool: side of what is pooled; 1 for none.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, pool: int = 2) -> None:
         super().__init__(nn.Conv2d(inputs, outputs, 3, padding=1), BatchNorm(outputs))
+        self.pool = pool
 
     def forward(self, images: Tensor) -> Tensor:
         """The block's map.
@@ -106,12 +117,13 @@ class ConvBlock(nn.Sequential):
             images: float [N, inputs, H, W].
 
         Returns:
-            float [N, outputs, H // 2, W // 2].
+            float [N, outputs, H // pool, W // pool].
         """
         convolution, norm = self
         assert isinstance(convolution, nn.Conv2d)
         assert isinstance(norm, BatchNorm)
-        return F.relu(F.max_pool2d(convolve_and_normalise(convolution, norm, images), 2))
+        maps = convolve_and_normalise(convolution, norm, images)
+        return F.relu(maps if self.pool == 1 else F.max_pool2d(maps, self.pool))
 
 
 class ResidualBlock(nn.Module):
@@ -166,7 +178,9 @@ def build(spec: NetworkSpec, generator: torch.Generator) -> Network:
         The network, in eval mode.
     """
     width = spec.width
-    if spec.architecture == "conv4":
+    if spec.architecture.startswith(TIMM):
+        encoder, dimension = _of_timm(spec)
+    elif spec.architecture == "conv4":
         encoder = nn.Sequential(
             *[ConvBlock(spec.channels if block == 0 else width, width) for block in range(4)], nn.Flatten()
         )
@@ -178,6 +192,15 @@ def build(spec: NetworkSpec, generator: torch.Generator) -> Network:
         initialise(network.head, generator)
         initialise_transformer(transformer, generator)
         return network.eval()
+    elif spec.architecture == "vgg7":
+        convolutions: list[nn.Module] = []
+        dimension = spec.channels
+        for stage, count in enumerate(VGG_STAGES):
+            for number in range(count):
+                pool = 2 if number + 1 == count and stage + 1 < len(VGG_STAGES) else 1
+                convolutions.append(ConvBlock(dimension, width * 2**stage, pool))
+                dimension = width * 2**stage
+        encoder = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     else:
         stem = [nn.Conv2d(spec.channels, width, 3, padding=1, bias=False), BatchNorm(width), nn.ReLU(inplace=True)]
         blocks: list[nn.Module] = []
@@ -192,6 +215,29 @@ def build(spec: NetworkSpec, generator: torch.Generator) -> Network:
     network = Network(encoder, dimension, spec.classes)
     initialise(network, generator)
     return network.eval()
+
+
+def _of_timm(spec: NetworkSpec) -> tuple[nn.Sequential, int]:
+    """An encoder of timm with our batch norm, and the number of its features; its weights are to be initialised."""
+    try:
+        import timm
+    except ImportError as error:
+        raise MetapoolError(f"{spec.architecture} needs timm: pip install 'metapool[vit]'") from error
+    name = spec.architecture.removeprefix(TIMM)
+    if name not in timm.list_models():
+        raise MetapoolError(f"{spec.architecture}: timm {timm.__version__} knows no model of this name")
+    model: Any = timm.create_model(name, pretrained=False, num_classes=0, in_chans=spec.channels)
+    for place, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            norm = BatchNorm(module.num_features, module.eps)
+            activation = getattr(module, "act", nn.Identity())
+            model.set_submodule(place, nn.Sequential(norm, activation))
+    drawn = {p for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear | BatchNorm) for p in m.parameters()}
+    if not any(isinstance(m, BatchNorm) for m in model.modules()) or drawn != set(model.parameters()):
+        raise MetapoolError(f"{spec.architecture}: expected a network of convolutions, linear layers and batch norm")
+    with torch.no_grad():
+        features = model.eval()(torch.zeros(1, spec.channels, spec.height, spec.image_width))
+    return nn.Sequential(model), features.shape[1]
 
 
 def initialise(network: nn.Module, generator: torch.Generator) -> None:

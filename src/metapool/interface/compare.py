@@ -12,7 +12,7 @@ from metapool.base.store import Progress, Store, silent
 from metapool.evaluate import Interval, Scores, paired_difference
 from metapool.interface.recipe import Recipe, open_pool
 from metapool.interface.run import Line, prepare, results
-from metapool.interface.run.files import replace_text, run_file, write_json
+from metapool.interface.run.files import by_domain, episodes_row, replace_text, run_file, write_json
 from metapool.methods import NAMED, describe, suits
 
 
@@ -53,9 +53,8 @@ def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress
             **({} if name in job.references else {"settings": job.methods[name].model_dump(mode="json")}),
             **every[0].row,
             "seconds": None if name in job.references else [_seconds(one, job.store) for one in every],
-            "shots": {
-                str(shot): _numbers(scores[name][shot], [one.scores[shot] for one in every]) for shot in job.episodes
-            },
+            "shots": _shots(scores[name], [one.scores for one in every]),
+            **_domains(scores[name], [one.scores for one in every]),
         }
         for name, every in lines.items()
     }
@@ -65,14 +64,13 @@ def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress
         for shot in job.episodes
         if name != main
     ]
-    first = next(iter(job.episodes.values()))
     about, named = run_file(recipe, job.pool, "", main), "" if recipe.name == "compare" else f"{recipe.name} "
     result = {
         "command": f"metapool compare {named}--methods {' '.join(names)} --seeds {seeds}",
         **{key: about[key] for key in ("version", "machine", "recipe")},
         "pool": about["pool"]["name"],
         "seeds": [recipe.seed + number for number in range(seeds)],
-        "episodes": {"way": first.way, "query": first.query.shape[2], "n": len(first)},
+        "episodes": {k: v for k, v in episodes_row(job.episodes, scores[main]).items() if k != "hash"},
         "methods": dict(sorted(table.items(), key=lambda item: -sum(s["mean"] for s in item[1]["shots"].values()))),
         "paired": paired,
     }
@@ -93,7 +91,10 @@ def table_of(result: dict[str, Any]) -> str:
     """
     shots, several = list(next(iter(result["methods"].values()))["shots"]), len(result["seeds"]) > 1
     heads = ["method", *(f"{shot}-shot" for shot in shots), "CPU seconds", "networks", "ms / image", "needs"]
+    domains = list(next(iter(result["methods"].values())).get("domains", ()))
     rows = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    alone = ["| " + " | ".join(["method", *(f"{domain}, {shot}-shot" for domain in domains for shot in shots)]) + " |"]
+    alone.append("|" + "---|" * (1 + len(domains) * len(shots)))
     for name, row in result["methods"].items():
         shown = (
             f"*{name}* (real images)"
@@ -102,10 +103,9 @@ def table_of(result: dict[str, Any]) -> str:
             if row["transductive"]
             else name
         )
-        accuracies = (
-            f"{s['mean']:.1f} ± {s['ci95']:.1f}" + (f" ({s['between_seeds']:.1f})" if several else "")
-            for s in row["shots"].values()
-        )
+        accuracies = [_cell(score, several) for score in row["shots"].values()]
+        cells = [_cell(score, several) for domain in domains for score in row["domains"][domain].values()]
+        alone.append("| " + " | ".join([shown, *cells]) + " |")
         seconds = "" if row["seconds"] is None else f"{statistics.fmean(row['seconds']):.0f}"
         cells = [
             shown,
@@ -127,7 +127,14 @@ def table_of(result: dict[str, Any]) -> str:
         f"{episodes['n']} {episodes['way']}-way episodes of unseen classes, {episodes['query']} queries a class; "
         f"percent, {over}. CPU seconds: all that one such model was made of, from the pool on, each part on one thread."
     )
+    if domains:
+        said = f"Means over {len(domains)} domains, each with as many episodes. " + said
+        return "\n".join([*rows, "", said, "", "Each domain alone:", "", *alone, ""])
     return "\n".join([*rows, "", said, ""])
+
+
+def _cell(score: dict[str, Any], several: bool) -> str:
+    return f"{score['mean']:.1f} ± {score['ci95']:.1f}" + (f" ({score['between_seeds']:.1f})" if several else "")
 
 
 def methods_summary() -> list[dict[str, Any]]:
@@ -141,7 +148,17 @@ def methods_summary() -> list[dict[str, Any]]:
 
 def _mean(scores: list[Scores]) -> Scores:
     """Accuracy on every episode, averaged over seeds: seeds of one episode are not episodes of their own."""
-    return Scores(np.mean([score.accuracies for score in scores], axis=0))
+    return Scores.of(np.mean([score.every for score in scores], axis=0), tuple(scores[0].domains))
+
+
+def _domains(mean: dict[int, Scores], every: list[dict[int, Scores]]) -> dict[str, Any]:
+    alone = [by_domain(one) for one in every]
+    found = {name: _shots(scores, [one[name] for one in alone]) for name, scores in by_domain(mean).items()}
+    return {"domains": found} if found else {}
+
+
+def _shots(mean: dict[int, Scores], every: list[dict[int, Scores]]) -> dict[str, Any]:
+    return {str(shot): _numbers(scores, [one[shot] for one in every]) for shot, scores in mean.items()}
 
 
 def _numbers(mean: Scores, every: list[Scores]) -> dict[str, Any]:

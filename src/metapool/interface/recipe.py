@@ -2,16 +2,19 @@
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import pydantic
 import torch
 import yaml
 
+from metapool.bank import fit_bytes
 from metapool.base.errors import MetapoolError
-from metapool.base.images import InputSpec, LabelledImages
+from metapool.base.images import InputSpec, LabelledImages, resize, to_bytes, to_float
 from metapool.base.store import Settings
 from metapool.methods import NAMED, AnyMethod, recovery_of
 from metapool.methods.tgr import TGR
@@ -26,11 +29,13 @@ RECIPES = Path(__file__).parent / "recipes"
 class Evaluation(Settings):
     """On which episodes models are scored."""
 
-    data: str = "icons"
-    """A shipped domain or a published benchmark (meta-test classes), or a folder ``<class>/<images>``."""
-    root: str | None = None
-    """Folder of a published benchmark's files."""
-    validation: str | None = "same"
+    data: str | tuple[str, ...] = "icons"
+    """A shipped domain or a published benchmark (meta-test classes), or a folder ``<class>/<images>``. Of several, each
+    is a domain with episodes of its own, and the table has the mean over domains."""
+    root: str | tuple[str, ...] | None = None
+    """Folder of a published benchmark's files; of several data sets one for each, in their order (of one that needs
+    none an empty text)."""
+    validation: str | tuple[str, ...] | None = "same"
     """Where the meta-validation classes come from that checkpoints are chosen on. ``same``: those of ``data``, where it
     has any; null: none, and the last checkpoint is kept."""
     way: int = pydantic.Field(default=5, ge=2)
@@ -40,9 +45,35 @@ class Evaluation(Settings):
     query: int = pydantic.Field(default=15, ge=1)
     """Query images of a class."""
     episodes: int = pydantic.Field(default=600, ge=2)
-    """Number of episodes."""
+    """Number of episodes, of every domain."""
     seed: int = 0
     """Of the draw of episodes; not changed by the run's seed, so that runs are paired."""
+
+    @pydantic.field_validator("data", "validation")
+    @classmethod
+    def _some_and_each_once(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        if value is not None and (not names_of(value) or len(set(names_of(value))) < len(names_of(value))):
+            raise ValueError("name one data set, or several different ones")
+        return value
+
+    @pydantic.model_validator(mode="after")
+    def _a_root_for_each(self) -> Self:
+        if isinstance(self.root, tuple) and len(self.root) != len(names_of(self.data)):
+            raise ValueError(f"root: {len(self.root)} folders for {len(names_of(self.data))} data sets; one for each")
+        return self
+
+    def root_of(self, name: str) -> str | None:
+        """Where the files of a data set are.
+
+        Args:
+            name: of the data set; one of ``data``, or one that has no folder of its own.
+
+        Returns:
+            The folder, if one is given.
+        """
+        if isinstance(self.root, tuple):
+            return dict(zip(names_of(self.data), self.root)).get(name) or None
+        return self.root
 
 
 class Recipe(Settings):
@@ -137,7 +168,8 @@ def load_recipe(path: str | None) -> Recipe:
     """Reads a recipe.
 
     Args:
-        path: a YAML file, or the name of one that metapool ships; none: the defaults, which are the main job.
+        path: a YAML file, or the name of one that metapool ships (``main``, ``paper/cub``); none: the defaults, which
+            are the main job.
 
     Returns:
         The recipe.
@@ -150,7 +182,7 @@ def load_recipe(path: str | None) -> Recipe:
     shipped = RECIPES / f"{path}.yaml"
     file = shipped if shipped.is_file() else Path(path)
     if not file.is_file():
-        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        names = ", ".join(shipped_recipes())
         raise MetapoolError(f"{path}: no such recipe file, and none of the shipped ones ({names})")
     try:
         return Recipe.model_validate(yaml.safe_load(file.read_text()) or {})
@@ -160,6 +192,15 @@ def load_recipe(path: str | None) -> Recipe:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
         raise MetapoolError(f"{file}: {field}: {first['msg']}") from error
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with metapool.
+
+    Returns:
+        Names, sorted; those in a folder with its name before a slash.
+    """
+    return sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.rglob("*.yaml"))
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -206,50 +247,126 @@ def evaluation_images(
     return datasets.load(data, None if whole else split, root=root, **size)
 
 
+def scored_images(evaluation: Evaluation, input: InputSpec) -> LabelledImages:
+    """Images of the classes that models are scored on.
+
+    Args:
+        evaluation: says where from.
+        input: size and channels for the images of folders and CSV files, and for those of several domains.
+
+    Returns:
+        The images; several domains side by side.
+    """
+    return _images_of(evaluation, names_of(evaluation.data), "test", input)
+
+
 def validation_images(evaluation: Evaluation, input: InputSpec) -> LabelledImages | None:
     """Images of meta-validation classes, if there are any.
 
     Args:
         evaluation: says where from.
-        input: size and channels for the images of a folder or CSV file.
+        input: size and channels for the images of folders and CSV files, and for those of several domains.
 
     Returns:
-        The images, or none.
+        The images, or none; several domains side by side.
     """
-    data = evaluation.validation
-    if data == "same":
-        data = evaluation.data if _has_splits(evaluation.data) else None
-    return None if data is None else evaluation_images(data, "val", input, evaluation.root)
+    names = names_of(evaluation.validation)
+    if names == ("same",):
+        names = tuple(name for name in names_of(evaluation.data) if _has_splits(name))
+    return _images_of(evaluation, names, "val", input) if names else None
+
+
+def names_of(data: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Data sets as a field of a recipe names them: one, several or none.
+
+    Args:
+        data: the field's value.
+
+    Returns:
+        Their names.
+    """
+    return (data,) if isinstance(data, str) else data or ()
+
+
+def _images_of(
+    evaluation: Evaluation, names: tuple[str, ...], split: Literal["val", "test"], input: InputSpec
+) -> LabelledImages:
+    """Of one data set as it is; of several all as the meta-model sees them, since they stand in one tensor."""
+    parts = {name: evaluation_images(name, split, input, evaluation.root_of(name)) for name in names}
+    if len(parts) == 1:
+        return parts[names[0]]
+    fitting = {name: replace(part, images=fit_bytes(part.images, input)) for name, part in parts.items()}
+    domains = tuple(name for name, part in parts.items() for _ in part.classes)
+    return replace(_beside(fitting), domains=domains)
+
+
+def _beside(parts: Mapping[str, LabelledImages]) -> LabelledImages:
+    """Images of one shape with their classes side by side."""
+    first = [0, *accumulate(len(part.classes) for part in parts.values())]
+    return LabelledImages(
+        torch.cat([part.images for part in parts.values()]),
+        torch.cat([part.labels + start for part, start in zip(parts.values(), first)]),
+        tuple(f"{name}/{label}" for name, part in parts.items() for label in part.classes),
+    )
 
 
 def _has_splits(data: str) -> bool:
     return data in (*datasets.SHIPPED, *datasets.BENCHMARKS) or (Path(data) / "val").is_dir()
 
 
-def training_images(data: str, size: int, channels: int, root: str | None = None) -> LabelledImages:
+def training_images(data: str, size: int | None, channels: int, root: str | None = None) -> LabelledImages:
     """Real images to train a pool from; no method ever sees them.
 
     Args:
         data: a shipped domain or a published benchmark (its meta-train classes), a folder or a CSV file.
-        size: side of the images of a folder or CSV file.
+        size: side of the images in pixels; none: that of the domain or benchmark, 32 for a folder or CSV file.
         channels: of the images of a folder or CSV file.
         root: folder of a published benchmark's files.
 
     Returns:
         The images.
+
+    Raises:
+        MetapoolError: when there are no such images, or a side is no number of pixels.
     """
+    if size is not None and size < 1:
+        raise MetapoolError(f"--size {size}: at least 1 pixel")
     named = data in (*datasets.SHIPPED, *datasets.BENCHMARKS)
     split = "train" if named or (Path(data) / "train").is_dir() else None
-    return datasets.load(data, split, root=root, channels=channels, height=size, width=size)
+    side = size or 32
+    images = datasets.load(data, split, root=root, channels=channels, height=side, width=side)
+    if images.images.shape[-2:] == (side, side) or size is None:
+        return images
+    resized = [to_bytes(resize(to_float(part), size, size)) for part in images.images.split(1024)]
+    return replace(images, images=torch.cat(resized))
 
 
-def backbone_images(data: str, given: str | None, size: int, channels: int) -> LabelledImages:
+def meta_train_images(evaluation: Evaluation, input: InputSpec) -> LabelledImages:
+    """Real images of the meta-train classes beside those that models are scored on; for studies alone.
+
+    Args:
+        evaluation: says where from.
+        input: size and channels for the images of a folder or CSV file.
+
+    Returns:
+        The images.
+
+    Raises:
+        MetapoolError: when there are several data sets.
+    """
+    names = names_of(evaluation.data)
+    if len(names) > 1:
+        raise MetapoolError(f"evaluation.data: a study that trains on real images takes one data set, not {len(names)}")
+    return training_images(names[0], input.height, input.channels, evaluation.root_of(names[0]))
+
+
+def backbone_images(data: str, given: str | None, size: int | None, channels: int) -> LabelledImages:
     """Real images that the backbone of adapters learns from.
 
     Args:
         data: what the models themselves learn from.
         given: named like it; the meta-train classes of the other shipped domains when not given.
-        size: side of the images of a folder or CSV file.
+        size: side of the given images, as in :func:`training_images`.
         channels: of the images of a folder or CSV file.
 
     Returns:
@@ -258,12 +375,7 @@ def backbone_images(data: str, given: str | None, size: int, channels: int) -> L
     if given is not None:
         return training_images(given, size, channels)
     parts = {name: datasets.shipped(name, "train") for name in datasets.SHIPPED if name != data}
-    first = [0, *accumulate(len(part.classes) for part in parts.values())]
-    return LabelledImages(
-        torch.cat([part.images.expand(-1, 3, -1, -1) for part in parts.values()]),
-        torch.cat([part.labels + start for part, start in zip(parts.values(), first)]),
-        tuple(f"{name}/{label}" for name, part in parts.items() for label in part.classes),
-    )
+    return _beside({name: replace(part, images=part.images.expand(-1, 3, -1, -1)) for name, part in parts.items()})
 
 
 def cores() -> int:

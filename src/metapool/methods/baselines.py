@@ -48,13 +48,13 @@ class _Baseline(Settings):
 
     def _drawn(self, bank: TaskBank, pool: ModelPool, seed: int) -> Tensor:
         """Recovered images that moments and statistics are estimated on."""
-        images = bank.labelled("distinct", pool.manifest.models[0].input).images
+        images = bank.labelled("distinct", pool.input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "moments"))[: self.bank_images]
         return to_float(images[drawn])
 
     def _ensemble(self, pool: ModelPool, store: Store, seed: int) -> Ensemble:
         """All models; only features that are standardised need a bank, and it is a part of their cost."""
-        images = torch.zeros(2, *pool.manifest.models[0].input.shape)
+        images = torch.zeros(2, *pool.input.shape)
         if self.standardise:
             images = self._drawn(self.prepare(pool, store, seed), pool, seed)
         models = list(pool)
@@ -66,7 +66,7 @@ class _Baseline(Settings):
 
     def _recovered(self, pool: ModelPool, store: Store, seed: int) -> LabelledImages:
         """Recovered images whose labels hold across models: classes of one name are one class."""
-        return self.prepare(pool, store, seed).labelled("by-name", pool.manifest.models[0].input)
+        return self.prepare(pool, store, seed).labelled("by-name", pool.input)
 
 
 class Untrained(_Baseline):
@@ -91,12 +91,13 @@ class Untrained(_Baseline):
             The model.
         """
         images = self._drawn(self.prepare(pool, store, seed), pool, seed)
-        first = pool.manifest.models[0]
-        spec = first.network.model_copy(update={"architecture": "conv4", "width": self.width})
+        input, first = pool.input, pool.manifest.models[0].network
+        shape = {"channels": input.channels, "height": input.height, "image_width": input.width}
+        spec = first.model_copy(update={"architecture": "conv4", "width": self.width, **shape})
         network = build(spec, generator_for(seed, "untrained"))
-        statistics = running_statistics(network, {}, first.input.prepare(images))
+        statistics = running_statistics(network, {}, input.prepare(images))
         network.load_state_dict({**network.state_dict(), **statistics})
-        return MetaModel(network, spec, ProtoNet(normalise=True), first.input)
+        return MetaModel(network, spec, ProtoNet(normalise=True), input)
 
 
 class BestSingle(_Baseline):

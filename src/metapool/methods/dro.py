@@ -187,7 +187,7 @@ class DRO(Settings):
     ) -> None:
         spans = [Span.of(encoders_of([pool.get(id) for id in ids], aligned=self.align)) for ids in groups]
         trained = self._train(spans, store, seed, key)
-        input = pool.manifest.models[0].input
+        input = pool.input
         images = bank.labelled("distinct", input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "dro", "statistics"))[: self.bank_images]
         chosen_on = validation or bank.labelled("by-name", input)

@@ -148,7 +148,7 @@ class FREE(MetaTraining):
     def _train(
         self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None, key: Key, folder: Path
     ) -> None:
-        input, warm_steps = pool.manifest.models[0].input, int(self.warm_up * self.steps)
+        input, warm_steps = pool.input, int(self.warm_up * self.steps)
         noise = torch.randint(256, (64, *input.shape), generator=generator_for(seed, "free", "noise")).to(torch.uint8)
         student = Student(self.width, self.way, self.learner, input, noise, seed)  # noise until there are images
         learning = (self.steps - warm_steps) * (1 + self.replay_updates)

@@ -121,7 +121,7 @@ class OTA(Settings):
         validation: LabelledImages | None,
         folder: Path,
     ) -> None:
-        input = pool.manifest.models[0].input
+        input = pool.input
         images = bank.labelled("distinct", input).images
         drawn = torch.randperm(len(images), generator=generator_for(seed, "ota", "statistics"))[: self.bank_images]
         chosen_on = validation or bank.labelled("by-name", input)

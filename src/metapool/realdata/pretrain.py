@@ -19,7 +19,7 @@ from metapool.bank import fit_bytes
 from metapool.base.errors import MetapoolError
 from metapool.base.functional import call, half_precision, in_chunks, params_of, running_statistics
 from metapool.base.images import InputSpec, LabelledImages, augment, to_float
-from metapool.base.networks import Architecture, NetworkSpec, build
+from metapool.base.networks import TIMM, NetworkSpec, OwnArchitecture, build
 from metapool.base.store import Progress, Settings, Store, generator_for
 from metapool.base.transformer import is_adapter, own_and_shared
 from metapool.episodes import sample_episodes
@@ -39,7 +39,7 @@ class PoolSettings(Settings):
     way: int = pydantic.Field(default=5, ge=2)
     """Classes of each model, drawn without replacement for each model anew."""
     architectures: tuple[str, ...] = pydantic.Field(default=("conv4:32", "resnet10:12", "resnet18:12"), min_length=1)
-    """``name:width``, taken in turn."""
+    """``name:width``, or ``timm:name``, taken in turn."""
     epochs: int = pydantic.Field(default=60, ge=1)
     """Passes over a model's training images."""
     backbone_epochs: int = pydantic.Field(default=60, ge=1)
@@ -122,11 +122,13 @@ def build_pool(
 
 def named_network(text: str, images: LabelledImages, way: int) -> NetworkSpec:
     """A network of ``way`` classes for these images, by ``name:width``; an error says what of it does not fit."""
-    architecture, _, width = text.partition(":")
+    architecture, _, width = (text, "", "1") if text.startswith(TIMM) else text.partition(":")
     channels, height, image_width = images.images.shape[1:]
-    known = get_args(Architecture)
-    if architecture not in known or not (width or "32").isdecimal():
-        raise MetapoolError(f"architecture {text!r}: expected NAME:WIDTH with NAME one of {', '.join(known)}")
+    known = get_args(OwnArchitecture)
+    if (architecture not in known and not text.startswith(TIMM)) or not (width or "32").isdecimal():
+        raise MetapoolError(
+            f"architecture {text!r}: expected NAME:WIDTH with NAME one of {', '.join(known)}, or timm:NAME"
+        )
     try:
         return NetworkSpec.model_validate(
             {

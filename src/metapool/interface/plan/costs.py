@@ -91,7 +91,7 @@ class Costs:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.entries = {entry.id: entry for entry in job.pool.manifest.models}
-        self.input = job.pool.manifest.models[0].input
+        self.input = job.pool.input
         self._kinds = {id: entry.network.digest() for id, entry in self.entries.items()}
         self._known: dict[str, Any] = {}
 
@@ -301,7 +301,7 @@ class Costs:
         episode = {shot: episode_seconds(model, encoded, self.job.images, part) for shot, part in drawn.items()}
         choice = min(episode.values())
         if checked is not None:
-            few = sample_episodes(checked, min(5, len(checked.classes)), 1, 5, 24, 0)
+            few = sample_episodes(checked, min(5, checked.fewest_classes), 1, 5, 24, 0)
             choice = episode_seconds(model, encoded, checked, few)
         times = len(model.models) if isinstance(method, MeanSingle) and isinstance(model, Ensemble) else 1
         return Answers(image, episode, choice, model.parameter_count * times)

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,7 +74,7 @@ def episode_seconds(model: FewShotModel, encoded: Tensor, images: LabelledImages
 
     def score(count: int) -> float:
         part = Episodes(drawn.support[:count], drawn.query[:count])
-        return seconds_of(lambda: evaluate(known, images, part))
+        return seconds_of(lambda: evaluate(known, replace(images, domains=()), part))
 
     if score(1) > 0.05:  # then all but the episodes themselves is small
         return score(2) / min(2, len(drawn))
@@ -125,7 +126,7 @@ def time_units(
 def _time_model(
     pool: ModelPool, id: str, recoveries: list[AnyRecovery], probes: list[ProbeSettings]
 ) -> dict[str, float]:
-    model, input = pool.get(id), pool.manifest.models[0].input
+    model, input = pool.get(id), pool.input
 
     def recover(recovery: AnyRecovery, steps: int) -> float:
         short = recovery.model_copy(update={"steps": steps})

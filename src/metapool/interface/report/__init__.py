@@ -93,6 +93,7 @@ def _context(run: Path, about: Run, scores: Scores) -> dict[str, Any]:
         "scores": scores,
         "shots": sorted({shot for method in scores.methods.values() for shot in method.shots}),
         "order": wording.ranked(scores),
+        "domains": list(next(iter(scores.methods.values())).domains),
         "headline": headline_sentence(scores, about.headline),
         "verdict": verdict_sentence(scores, about.headline),
         "frontier": wording.frontier_sentence(scores, about.headline),

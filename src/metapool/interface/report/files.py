@@ -31,6 +31,7 @@ class MethodScore(pydantic.BaseModel):
     models_at_inference: int
     ms_per_image: float
     shots: dict[int, Accuracy]
+    domains: dict[str, dict[int, Accuracy]] = {}
     transductive: bool = False
     note: str = ""
 

@@ -19,9 +19,10 @@ from metapool.interface.recipe import (
     SHIPPED,
     Recipe,
     cores,
-    evaluation_images,
+    names_of,
     open_pool,
     recipe_text,
+    scored_images,
     validation_images,
 )
 from metapool.interface.report import check_installed, write_report
@@ -171,8 +172,8 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Job:
     store = Store(Path(recipe.store), jobs=jobs, progress=progress)
     if not pool.ids:
         raise MetapoolError(f"{pool.path}: the pool has no models")
-    input = pool.manifest.models[0].input
-    images = evaluation_images(recipe.evaluation.data, "test", input, recipe.evaluation.root)
+    input = pool.input
+    images = scored_images(recipe.evaluation, input)
     validation = validation_images(recipe.evaluation, input)
     if validation is not None:
         _check_validation(validation, images)
@@ -226,7 +227,7 @@ def _check_validation(validation: LabelledImages, images: LabelledImages) -> Non
     if validation.digest() == images.digest():
         raise MetapoolError("evaluation.validation: these are the images that models are scored on; null for none")
     try:
-        sample_episodes(validation, min(5, len(validation.classes)), 1, 5, 1, 0)
+        sample_episodes(validation, min(5, validation.fewest_classes), 1, 5, 1, 0)
     except MetapoolError as error:
         raise MetapoolError(f"evaluation.validation: {error}; null for none") from error
 
@@ -235,7 +236,7 @@ def _references(recipe: Recipe) -> dict[str, Path]:
     """Folders of the saved models in the table; all are opened here, so that a wrong one is not found hours later."""
     found: dict[str, Path] = {}
     for name, path in recipe.references.items():
-        where = SHIPPED / f"{name}-{recipe.evaluation.data}" if path == "shipped" else Path(path)
+        where = SHIPPED / f"{name}-{'-'.join(names_of(recipe.evaluation.data))}" if path == "shipped" else Path(path)
         if path == "shipped" and not where.is_dir():
             continue  # there is none for this data
         load_model(where)
@@ -278,10 +279,11 @@ def _score(fitted: Path, images: LabelledImages, episodes: dict[int, Episodes], 
     def build(folder: Path) -> None:
         scores = evaluate(load_model(fitted), images, episodes, store.progress)
         for shot, found in scores.items():
-            np.save(folder / f"shot-{shot}.npy", found.accuracies)
+            np.save(folder / f"shot-{shot}.npy", found.every)
 
     folder = store.artifact("scores", score_key(fitted, images, episodes, store), build)
-    return {shot: Scores(np.load(folder / f"shot-{shot}.npy", allow_pickle=False)) for shot in episodes}
+    names = tuple(images.by_domain())
+    return {shot: Scores.of(np.load(folder / f"shot-{shot}.npy", allow_pickle=False), names) for shot in episodes}
 
 
 def _cost(fitted: Path, images: LabelledImages, store: Store) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def scores_file(
     """
     methods: dict[str, Any] = {}
     for name, row in rows.items():
-        intervals = {shot: score.interval for shot, score in scores[name].items()}
-        shots = {str(shot): {"mean": round(i.mean, 3), "ci95": round(i.ci95, 3)} for shot, i in intervals.items()}
-        methods[name] = {**row, "shots": shots}
+        methods[name] = {**row, "shots": _shots(scores[name])}
+        if several := by_domain(scores[name]):
+            methods[name]["domains"] = {domain: _shots(alone) for domain, alone in several.items()}
     paired: list[dict[str, Any]] = []
     for name in rows:
         for shot in episodes:
@@ -52,17 +53,48 @@ def scores_file(
                 difference = paired_difference(scores[main][shot], scores[name][shot])
                 values = {k: round(v, 3) for k, v in vars(difference).items()}
                 paired.append({"a": main, "b": name, "shot": shot, **values})
-    first = next(iter(episodes.values()))
     return {
-        "episodes": {
-            "hash": digest_of([drawn.digest() for drawn in episodes.values()]),
-            "way": first.way,
-            "query": first.query.shape[2],
-            "n": len(first),
-        },
+        "episodes": episodes_row(episodes, scores[main]),
         "methods": methods,
         "paired": paired,
     }
+
+
+def episodes_row(episodes: dict[int, Episodes], scores: dict[int, Scores]) -> dict[str, Any]:
+    """What a file of results says of its episodes.
+
+    Args:
+        episodes: by number of shots.
+        scores: of some method on them.
+
+    Returns:
+        A value for JSON; ``n`` is the number of episodes of each domain.
+    """
+    shot, first = next(iter(episodes.items()))
+    return {
+        "hash": digest_of([drawn.digest() for drawn in episodes.values()]),
+        "way": first.way,
+        "query": first.query.shape[2],
+        "n": len(scores[shot].accuracies),
+    }
+
+
+def by_domain(scores: Mapping[int, Scores]) -> dict[str, dict[int, Scores]]:
+    """Scores of each domain alone.
+
+    Args:
+        scores: by number of shots.
+
+    Returns:
+        By domain and number of shots; empty where there is but one domain.
+    """
+    names = next(iter(scores.values())).domains
+    return {name: {shot: score.domains[name] for shot, score in scores.items()} for name in names}
+
+
+def _shots(scores: Mapping[int, Scores]) -> dict[str, dict[str, float]]:
+    intervals = {shot: score.interval for shot, score in scores.items()}
+    return {str(shot): {"mean": round(i.mean, 3), "ci95": round(i.ci95, 3)} for shot, i in intervals.items()}
 
 
 def seconds_of_stages(folder: Path, recipe: Recipe, store: Store) -> dict[str, float]:
@@ -167,7 +199,7 @@ def write_gallery(
     (folder / "grouping.json").unlink(missing_ok=True)  # of an earlier run of this name
     if isinstance(method, TGR):
         ids = pool.ids
-        embeddings = embed_bank(bank, pool.manifest.models[0].input, method.probe, store)
+        embeddings = embed_bank(bank, pool.input, method.probe, store)
         groups = method.grouped(pool, bank, store, seed)
         write_json(
             folder / "grouping.json",
@@ -245,6 +277,11 @@ def run_summary(folder: Path) -> str:
     for name, row in rows:
         shots = "".join(f"{score['mean']:>9.2f} ± {score['ci95']:.2f}" for score in row["shots"].values())
         lines.append(f"{name:<16}{row['models_at_inference']:>9}{row['ms_per_image']:>10.3f}{shots}")
+    for domain in rows[0][1].get("domains", ()):  # above are then the means over domains
+        lines.append(f"of {domain}:")
+        for name, row in rows:
+            shots = "".join(f"{s['mean']:>9.2f} ± {s['ci95']:.2f}" for s in row["domains"][domain].values())
+            lines.append(f"{name:<35}{shots}")
     return "\n".join(lines)
 
 

@@ -12,7 +12,7 @@ from metapool.base.images import LabelledImages
 from metapool.base.store import Store, generator_for
 from metapool.evaluate import Interval, Scores
 from metapool.interface.figures.effects import Level, effects
-from metapool.interface.recipe import Recipe, training_images
+from metapool.interface.recipe import Recipe, meta_train_images
 from metapool.interface.studies.study import Findings
 from metapool.interface.studies.training import Wanted, trained_pool
 from metapool.interface.studies.trials import (
@@ -156,8 +156,8 @@ class EffectsStudy(TrialStudy):
 
     def _pools_of_classes(self, recipe: Recipe, pool: ModelPool, store: Store) -> dict[str, ModelPool]:
         """Two pools that differ in the number of classes of their models."""
-        input, asked = pool.manifest.models[0].input, recipe.evaluation
-        real = training_images(asked.data, input.height, input.channels, asked.root)
+        input, asked = pool.input, recipe.evaluation
+        real = meta_train_images(asked, input)
         if max(self.classes) > len(real.classes):
             raise MetapoolError(f"classes: the data has {len(real.classes)} to train on, not {max(self.classes)}")
         mixed = [self.classes[place % len(self.classes)] for place in range(self.classes_models)]

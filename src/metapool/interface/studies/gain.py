@@ -118,7 +118,7 @@ class GainStudy(Study):
         main = recovery_of(load_recipe("main").method)
         assert isinstance(main, GeneratorRecovery)
         recovery = main.model_copy(update={"per_class": self.per_class, "steps": self.recovery_steps})
-        bank, input = recover_pool(pool, recovery, store), pool.manifest.models[0].input
+        bank, input = recover_pool(pool, recovery, store), pool.input
         images = evaluation_images(self.data, self.split, input)
         exam = draw_exam(images, [(self.way, shot) for shot in SHOTS], self.query, self.episodes, 0)
         scores = self._scores(bank, input, exam, store)

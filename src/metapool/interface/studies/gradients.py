@@ -161,7 +161,7 @@ class GradientsStudy(Study):
         run, store = named[name], Store(root)
         method = self.method(run.loss, run.alpha)
         bank, groups, views = method.prepare(pool, store, run.seed)
-        input = pool.manifest.models[0].input
+        input = pool.input
         method.train(bank, groups, views, input, store, run.seed, None, self._key(run, pool), folder)
 
     def _single_steps(self, pool: ModelPool, store: Store, trained: Mapping["Run", Path]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class GradientsStudy(Study):
         """A step of a method at the weights where a training ended."""
         method = self.method(run.loss, run.alpha)
         bank, groups, views = method.prepare(pool, store, run.seed)
-        input = pool.manifest.models[0].input
+        input = pool.input
         images = bank.labelled("distinct", input).images if views is None else views.images
         student = Student(method.width, method.way, method.learner, input, images, run.seed, method.whiten)
         tasks = Tasks(method, student, bank, groups, views)

@@ -10,7 +10,7 @@ from metapool.base.errors import MetapoolError
 from metapool.base.store import Store
 from metapool.evaluate import Interval, Scores
 from metapool.interface.figures.differences import Difference, differences
-from metapool.interface.recipe import training_images
+from metapool.interface.recipe import meta_train_images
 from metapool.interface.studies.inputs import KINDS, Kind, bank_of
 from metapool.interface.studies.study import Findings
 from metapool.interface.studies.trials import (
@@ -155,10 +155,10 @@ class MattersStudy(TrialStudy):
         if len(pool) < self.models:
             raise MetapoolError(f"models: the pool has {len(pool)}, not {self.models}")
         pool = pool[: self.models]
-        input = pool.manifest.models[0].input
+        input = pool.input
         shapes = [(recipe.evaluation.way, shot) for shot in recipe.evaluation.shots]
         exam = self.exam(recipe, pool, shapes)
-        real = training_images(recipe.evaluation.data, input.height, input.channels, recipe.evaluation.root)
+        real = meta_train_images(recipe.evaluation, input)
         banks = {kind: bank_of(kind, pool, method.recovery, real, store) for kind in KINDS}
         trials: dict[str, Trial] = {}
         for question in self.questions():

@@ -255,7 +255,7 @@ def real_task(data: LabelledImages, model: PretrainedModel, kept: int, seed: int
 
 def _write_meta_generator(pool: ModelPool, free: FREE, seed: int, folder: Path) -> None:
     """FREE's meta-generator after the method's own warm-up, in which there is no meta-model to be adverse to."""
-    input = pool.manifest.models[0].input
+    input = pool.input
     blank = torch.zeros(8, *input.shape, dtype=torch.uint8)
     five = MetaGenerator(free, pool, Student(4, free.way, free.learner, input, blank, seed), seed)
     for step in range(max(1, int(free.warm_up * free.steps))):

@@ -15,7 +15,7 @@ from metapool.base.images import LabelledImages
 from metapool.base.store import Store
 from metapool.episodes import Episodes, sample_episodes
 from metapool.evaluate import Interval, Scores, evaluate, mean_interval, paired_difference
-from metapool.interface.recipe import Recipe, evaluation_images, load_recipe, open_pool
+from metapool.interface.recipe import Recipe, load_recipe, open_pool, scored_images, validation_images
 from metapool.interface.run import fit_key
 from metapool.interface.studies.study import Row, Study
 from metapool.learners import FewShotModel
@@ -127,9 +127,14 @@ class TrialStudy(Study):
 
         Returns:
             The exam.
+
+        Raises:
+            MetapoolError: when there are no validation classes to score on.
         """
         asked = recipe.evaluation
-        images = evaluation_images(asked.data, self.split, pool.manifest.models[0].input, asked.root)
+        images = scored_images(asked, pool.input) if self.split == "test" else validation_images(asked, pool.input)
+        if images is None:
+            raise MetapoolError(f"split val: recipe {self.recipe} has no validation classes")
         return draw_exam(images, shapes, asked.query, asked.episodes, asked.seed)
 
 
@@ -172,7 +177,7 @@ class Trial:
         """
         self.method.prepare(self.pool, store, self.seed)
         if self.inputs is not None:
-            input = self.pool.manifest.models[0].input
+            input = self.pool.input
             view_bank(self.pool, self.inputs, [self.pool.ids], input, self.method.views, store)
 
     def stages(self) -> str:

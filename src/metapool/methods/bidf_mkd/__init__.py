@@ -150,7 +150,7 @@ class BiDfMKD(MetaTraining):
     def _train(
         self, pool: ModelPool, store: Store, seed: int, validation: LabelledImages | None, key: Key, folder: Path
     ) -> None:
-        input = pool.manifest.models[0].input
+        input = pool.input
         nothing = torch.zeros(1, *input.shape, dtype=torch.uint8)  # until the first visit
         student = Student(self.width, self.way, self.learner, input, nothing, seed)
         updates = self.steps * (1 + self.replay_updates)

@@ -56,7 +56,7 @@ class Draws:
         self, pool: ModelPool, bank: TaskBank, way: int, per_class: int, interpolate: float, keep_tokens: float
     ) -> None:
         self.way, self.per_class, self.interpolate = way, per_class, interpolate
-        self.named = bank.labelled("by-name", pool.manifest.models[0].input)
+        self.named = bank.labelled("by-name", pool.input)
         self.tasks = list(bank.values())
         self.kept: Tensor | None = None
         if keep_tokens < 1:

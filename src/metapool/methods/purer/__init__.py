@@ -207,7 +207,7 @@ class Curriculum:
         names = list(dict.fromkeys(name for model in self.models for name in model.classes))
         named = [names.index(m.classes[label]) for m, part in zip(self.models, self.targets) for label in part.tolist()]
         self.labels = torch.tensor(named)
-        self.input = self.models[0].input
+        self.input = pool.input
         self.student = Student(method.width, method.way, method.learner, self.input, self.images(), seed)
 
     def images(self) -> Tensor:

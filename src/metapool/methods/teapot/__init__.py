@@ -195,7 +195,7 @@ class Teapot(MetaTraining):
         folder: Path,
     ) -> None:
         """The checkpointed loop."""
-        ids, input = pool.ids, pool.manifest.models[0].input
+        ids, input = pool.ids, pool.input
         memory, opinions = TaskMemory(bank, input, self), agreement(pool, bank)
         shown = memory.shown(torch.arange(len(memory.images)), generator_for(seed, "teapot", "calibrate"))
         student = Student(self.width, self.way, self.learner, input, to_bytes(shown), seed)

@@ -171,8 +171,8 @@ class TGR(MetaTraining):
             The meta-model.
         """
         key = self.key(bank, groups, seed, validation)
-        views, input = self._views(pool, bank, store), pool.manifest.models[0].input
-        build_model = partial(self.train, bank, groups, views, input, store, seed, validation, key)
+        views = self._views(pool, bank, store)
+        build_model = partial(self.train, bank, groups, views, pool.input, store, seed, validation, key)
         return MetaModel.load(store.artifact("meta-model", key, build_model))
 
     def prepare(self, pool: ModelPool, store: Store, seed: int) -> tuple[TaskBank, list[list[str]], Views | None]:
@@ -191,8 +191,7 @@ class TGR(MetaTraining):
 
     def _views(self, pool: ModelPool, bank: TaskBank, store: Store) -> Views | None:
         """What all models say of the bank's images, when a loss asks for it."""
-        input = pool.manifest.models[0].input
-        return view_bank(pool, bank, [pool.ids], input, self.views, store)[0] if self.relational else None
+        return view_bank(pool, bank, [pool.ids], pool.input, self.views, store)[0] if self.relational else None
 
     @property
     def relational(self) -> bool:
@@ -238,7 +237,7 @@ class TGR(MetaTraining):
         Returns:
             Model ids of every group.
         """
-        embeddings = embed_bank(bank, pool.manifest.models[0].input, self.probe, store)
+        embeddings = embed_bank(bank, pool.input, self.probe, store)
         distances = dissimilarity(embeddings)
         smallest = min(self.teachers, len(pool))
         return [

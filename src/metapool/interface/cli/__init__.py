@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,20 +13,20 @@ import pydantic
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import metapool
 from metapool.base.errors import MetapoolError
 from metapool.base.store import Store
 from metapool.interface import recipe as recipes
+from metapool.interface.cli.pools import Oracle, Pool
+from metapool.interface.cli.progress import Progress
 from metapool.interface.compare import compare, methods_summary
 from metapool.interface.plan import plan, plan_summary
-from metapool.interface.run import pool_summary, run, run_summary
+from metapool.interface.run import run, run_summary
 from metapool.interface.studies import STUDIES
 from metapool.interface.studies.study import write_study
 from metapool.interface.use import evaluate_saved, predict
-from metapool.realdata.pretrain import OracleSettings, PoolSettings, build_pool, train_oracle
 
 ABOUT = """From a pool of trained classifiers, without their data, to one small few-shot learner.
 
@@ -158,120 +158,6 @@ class Predict:
             print(f"{answer['file']}\t{answer['class']}\t{answer['probability']:.3f}")
 
 
-@dataclass
-class Oracle:
-    """Train the same learner on the real meta-train images: the upper reference, the one command that reads them."""
-
-    data: str = "icons"
-    """A shipped domain or a published benchmark (meta-train classes), a CSV file or a folder."""
-    root: str | None = None
-    """Folder of a published benchmark's files."""
-    size: int = 32
-    """Side of the images in pixels, for a folder or CSV."""
-    channels: int = 3
-    """Image channels, for a folder or CSV: 1 grey, 3 colour."""
-    out: Path = Path("runs/oracle/model")
-    """Where the model goes."""
-    settings: Annotated[OracleSettings, tyro.conf.arg(name="")] = field(default_factory=OracleSettings)
-    """How it is trained."""
-    seed: int = 0
-    """Of everything random."""
-
-    def __call__(self) -> None:
-        """Trains and saves."""
-        with _progress() as progress:
-            images = recipes.training_images(self.data, self.size, self.channels, self.root)
-            train_oracle(images, self.settings, self.seed, self.out, progress)
-        root = f" --root {self.root}" if self.root else ""
-        print(f"saved {self.out}; score it with: metapool evaluate --model {self.out} --data {self.data}{root}")
-
-
-@dataclass
-class PoolBuild:
-    """Train a pool from images: each model on its own random classes."""
-
-    out: Path
-    """Folder of the new pool."""
-    data: str = "icons"
-    """A shipped domain or a published benchmark (meta-train classes), a CSV file `path,label`, or a folder
-    `<class>/<images>`."""
-    root: str | None = None
-    """Folder of a published benchmark's files (`--data cifar_fs`, `cub`, `mini_imagenet`)."""
-    size: int = 32
-    """Side of the images in pixels, for a folder or CSV."""
-    channels: int = 3
-    """Image channels, for a folder or CSV: 1 grey, 3 colour."""
-    backbone_data: str | None = None
-    """What the backbone of `vit-lora` models learns from, named like --data; the shipped domains other than --data when
-    not given, so that it knows none of the pool's classes."""
-    settings: Annotated[PoolSettings, tyro.conf.arg(name="")] = field(default_factory=PoolSettings)
-    """How the models are trained."""
-    licence: str = ""
-    """Licence of the weights, noted in the pool."""
-    seed: int = 0
-    """Of everything random."""
-    jobs: int = 0
-    """Worker processes; 0 takes as many as there are cores."""
-    store: Path = Path("store")
-    """Folder where finished models are kept until the pool is whole."""
-
-    def __call__(self) -> None:
-        """Trains and shows the pool."""
-        with _progress() as progress:
-            images = recipes.training_images(self.data, self.size, self.channels, self.root)
-            store = Store(self.store, jobs=self.jobs or recipes.cores(), progress=progress)
-            backbone_images = None
-            if any(text.startswith("vit-lora") for text in self.settings.architectures):
-                backbone_images = recipes.backbone_images(self.data, self.backbone_data, self.size, self.channels)
-            build_pool(
-                images, self.settings, store, self.out, name=self.out.name, seed=self.seed, licence=self.licence,
-                backbone_images=backbone_images,
-            )  # fmt: skip
-        PoolShow(str(self.out))()
-
-
-@dataclass
-class PoolShow:
-    """List the models of a pool."""
-
-    pool: Annotated[str, tyro.conf.Positional] = "icons-30"
-    """A shipped pool's name, or a folder."""
-    json: bool = False
-    """Print pool.json instead of a table."""
-
-    def __call__(self) -> None:
-        """Prints."""
-        pool = recipes.open_pool(self.pool)
-        if self.json:
-            print(pool.manifest.model_dump_json(indent=1))
-            return
-        table = Table(
-            "id", "architecture", "input", "accuracy %", "licence", "classes", title=escape(pool.manifest.name)
-        )
-        for entry in pool.manifest.models:
-            network, size = entry.network, "x".join(map(str, entry.input.shape))
-            accuracy = "" if entry.accuracy is None else f"{entry.accuracy:.1f}"
-            name = f"{network.architecture}:{network.width}"
-            table.add_row(entry.id, name, size, accuracy, escape(entry.licence), escape(", ".join(entry.classes)))
-        Console().print(table)
-        print(pool_summary(pool))
-
-
-@dataclass
-class Pool:
-    """Build a pool of models, or list one (`metapool pool build`, `metapool pool show`)."""
-
-    command: Annotated[
-        Annotated[PoolBuild, tyro.conf.subcommand("build", prefix_name=False)]
-        | Annotated[PoolShow, tyro.conf.subcommand("show", prefix_name=False)],
-        tyro.conf.arg(name=""),
-    ]
-
-    def __call__(self) -> None:
-        """Passes on."""
-        self.command()
-
-
 Command = (
     Annotated[Run, tyro.conf.subcommand("run", prefix_name=False)]
     | Annotated[Plan, tyro.conf.subcommand("plan", prefix_name=False)]
@@ -285,35 +171,13 @@ Command = (
 )
 
 
-class _progress:
-    """A bar per stage on a terminal, nothing elsewhere."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self.console = Console(stderr=True)
-        self.bars = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
-        self.tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> "_progress":
-        self.bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bars.stop()
-
-    def __call__(self, kind: str, done: int, total: int) -> None:
-        if kind not in self.tasks:
-            self.tasks[kind] = self.bars.add_task(kind, total=total)
-        self.bars.update(self.tasks[kind], completed=done, total=total)
-
-
 def _run(arguments: Sequence[str]) -> None:
     """`metapool run [recipe.yaml] [--section.option value] [--print-recipe]`."""
     recipe, shown = _recipe("run", "--print-recipe", RUN, arguments)
     if shown:
         print(recipes.recipe_text(recipe), end="")
         return
-    with _progress() as progress:
+    with Progress() as progress:
         report = run(recipe, progress)
     print(run_summary(report.parent))
     print(f"report: {report}")
@@ -322,7 +186,7 @@ def _run(arguments: Sequence[str]) -> None:
 def _plan(arguments: Sequence[str]) -> None:
     """`metapool plan [recipe.yaml] [--section.option value] [--json]`."""
     recipe, as_json = _recipe("plan", "--json", PLAN, arguments)
-    with _progress() as progress:
+    with Progress() as progress:
         planned = plan(recipe, progress)
     print(json.dumps(planned.as_dict(), indent=1) if as_json else plan_summary(planned))
 
@@ -335,7 +199,7 @@ def _compare(arguments: Sequence[str]) -> None:
     given, rest = own.parse_known_args(arguments)
     recipe, as_json = _recipe("compare", "--json", COMPARE, rest)
     recipe = recipe if recipe.name != "main" else recipe.model_copy(update={"name": "compare"})
-    with _progress() as progress:
+    with Progress() as progress:
         found = compare(recipe, given.methods, given.seeds, progress)
     print(found.read_text() if as_json else found.with_suffix(".md").read_text(), end="")
 
@@ -357,7 +221,7 @@ def _study(arguments: Sequence[str]) -> None:
         raise MetapoolError(f"{name}: no such study; there are {', '.join(STUDIES)}")
     about = f"{STUDIES[name].title}. Also: --jobs N, --store FOLDER, --out FOLDER, --json."
     study = _parsed(STUDIES[name], prog=f"metapool study {name}", description=about, args=rest)
-    with _progress() as progress:
+    with Progress() as progress:
         store = Store(given.store, jobs=given.jobs or recipes.cores(), progress=progress)
         folder = write_study(name, study, store, given.out)
     found = (folder / f"{name}.json").read_text()

@@ -6,61 +6,28 @@ entry (hash, names, shapes, finite values) is refused before it is used.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import pydantic
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metapool.base.errors import MetapoolError
 from metapool.base.images import InputSpec
 from metapool.base.networks import NetworkSpec, build
-from metapool.base.store import Settings, digest_of, digest_of_file
+from metapool.base.store import digest_of, digest_of_file
 from metapool.base.transformer import own_and_shared
+from metapool.pool.manifest import ModelEntry as ModelEntry
+from metapool.pool.manifest import PoolManifest as PoolManifest
+from metapool.pool.manifest import check_entry, first_problem, read_weights
 
-MAX_TENSORS = 20_000
 BACKBONE = "_backbone.safetensors"  # no model can have this name
 Access = Literal["weights", "weights of one architecture", "adapters of one backbone", "answers", "nothing"]
 """What a method must have of the pool's models: all of it, no more than what a service answers, or less."""
-Name = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-
-
-class ModelEntry(Settings):
-    """What ``pool.json`` says of one model."""
-
-    id: Name
-    """Unique in the pool; also the name of its file."""
-    network: NetworkSpec
-    """Architecture by name."""
-    input: InputSpec
-    """What it expects of an image."""
-    classes: tuple[str, ...]
-    """Names of its outputs, in order."""
-    sha256: str = pydantic.Field(pattern="^[0-9a-f]{64}$")
-    """Hash of its safetensors file."""
-    backbone: str | None = pydantic.Field(default=None, pattern="^[0-9a-f]{64}$")
-    """Hash of the pool's backbone file, for a model whose own file holds only adapters and a head."""
-    accuracy: float | None = pydantic.Field(default=None, ge=0, le=100)
-    """Percent correct on held-out images of its own task, as its maker measured it."""
-    licence: str = ""
-    """Licence of the weights."""
-    provenance: str = ""
-    """How and from what it was trained."""
-
-
-class PoolManifest(Settings):
-    """The content of ``pool.json``."""
-
-    version: Literal[1] = 1
-    """Format of this file."""
-    name: str
-    """Name of the pool."""
-    models: tuple[ModelEntry, ...] = ()
-    """Entries, in the order of the pool."""
 
 
 class PretrainedModel(nn.Module):
@@ -221,12 +188,12 @@ class ModelPool(Sequence[PretrainedModel]):
         try:
             manifest = PoolManifest.model_validate_json(file.read_text())
         except (pydantic.ValidationError, UnicodeDecodeError) as error:
-            raise MetapoolError(f"{file}: {_first_problem(error)}") from error
+            raise MetapoolError(f"{file}: {first_problem(error)}") from error
         ids = [entry.id for entry in manifest.models]
         if repeated := sorted({name for name in ids if ids.count(name) > 1}):
             raise MetapoolError(f"{file}: model id {repeated[0]!r} stands twice; ids must be unique")
         for entry in manifest.models:
-            _check(entry, file)
+            check_entry(entry, file)
         if len({entry.backbone for entry in manifest.models} - {None}) > 1:
             raise MetapoolError(f"{file}: its models name different backbones; a pool has one")
         return cls(Path(path), manifest)
@@ -267,14 +234,14 @@ class ModelPool(Sequence[PretrainedModel]):
                 licence=model.licence,
                 provenance=model.provenance,
             )
-            _check(entry, self.path)
+            check_entry(entry, self.path)
             if common and any(other.backbone not in (None, entry.backbone) for other in self.manifest.models):
                 raise MetapoolError(f"{self.path}: model {model.id!r} stands on another backbone than the pool's")
             if common:
                 shared.replace(self.path / BACKBONE)
             temporary.replace(self.path / f"{entry.id}.safetensors")
         except pydantic.ValidationError as error:
-            raise MetapoolError(f"model {model.id!r} cannot be stored: {_first_problem(error)}") from error
+            raise MetapoolError(f"model {model.id!r} cannot be stored: {first_problem(error)}") from error
         finally:
             temporary.unlink(missing_ok=True)
             shared.unlink(missing_ok=True)
@@ -284,6 +251,20 @@ class ModelPool(Sequence[PretrainedModel]):
     def ids(self) -> list[str]:
         """Ids of the models, in order."""
         return [entry.id for entry in self.manifest.models]
+
+    @property
+    def input(self) -> InputSpec:
+        """What a meta-model of this pool is to expect of an image: something that all models' images fit into.
+
+        As many channels as any model has, and the size that most models have (of equals the first), normalised as for
+        the first model that is like that.
+        """
+        inputs = [entry.input for entry in self.manifest.models]
+        channels = max(input.channels for input in inputs)
+        sizes = Counter((input.height, input.width) for input in inputs)
+        height, width = size = max(sizes, key=sizes.__getitem__)
+        like = max(inputs, key=lambda one: (one.channels == channels, (one.height, one.width) == size))
+        return like.model_copy(update={"height": height, "width": width})
 
     def digest(self) -> str:
         """Hash of everything that results depend on: weights, inputs and class names, not the pool's name or place.
@@ -318,9 +299,9 @@ class ModelPool(Sequence[PretrainedModel]):
         entry = self._entry(id)
         network = build(entry.network, torch.Generator())
         own, common = own_and_shared(network.state_dict())
-        weights = _read_weights(self.path / f"{id}.safetensors", entry.sha256, entry, own)
+        weights = read_weights(self.path / f"{id}.safetensors", entry.sha256, entry, own)
         if entry.backbone is not None:
-            weights |= _read_weights(self.path / BACKBONE, entry.backbone, entry, common)
+            weights |= read_weights(self.path / BACKBONE, entry.backbone, entry, common)
         network.load_state_dict(weights)
         return PretrainedModel(
             id, network, entry.input, entry.classes,
@@ -354,46 +335,3 @@ class ModelPool(Sequence[PretrainedModel]):
         temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
         temporary.replace(self.path / "pool.json")
         self.manifest = manifest
-
-
-def _check(entry: ModelEntry, where: Path) -> None:
-    """What the fields of an entry must agree on."""
-    if len(entry.classes) != entry.network.classes:
-        raise MetapoolError(
-            f"{where}: model {entry.id!r} names {len(entry.classes)} classes but has {entry.network.classes} outputs"
-        )
-    if entry.input.shape != (entry.network.channels, entry.network.height, entry.network.image_width):
-        raise MetapoolError(f"{where}: model {entry.id!r}: its input and its network differ in channels or size")
-    if (entry.backbone is None) == (entry.network.architecture == "vit-lora"):
-        raise MetapoolError(f"{where}: model {entry.id!r}: adapters, and nothing else, name the backbone they stand on")
-
-
-def _first_problem(error: Exception) -> str:
-    if isinstance(error, pydantic.ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-    return str(error)
-
-
-def _read_weights(file: Path, sha256: str, entry: ModelEntry, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights that fit the network, or one clear error; nothing is loaded before names, shapes and hash agree."""
-    if not file.is_file():
-        raise MetapoolError(f"{file} is missing: pool.json names model {entry.id!r}")
-    if digest_of_file(file) != sha256:
-        raise MetapoolError(f"{file}: its SHA-256 is not the one in pool.json; the file was changed or cut off")
-    try:
-        with safe_open(file, "pt") as opened:
-            names = set(opened.keys())
-            if len(names) > MAX_TENSORS or names != set(expected):
-                wrong = sorted(names ^ set(expected))[:3]
-                raise MetapoolError(f"{file}: tensors do not fit {entry.network.architecture}: {', '.join(wrong)}")
-            for name, tensor in expected.items():
-                if tuple(opened.get_slice(name).get_shape()) != tuple(tensor.shape):
-                    raise MetapoolError(f"{file}: {name} should have shape {tuple(tensor.shape)}")
-            weights = {name: opened.get_tensor(name).to(expected[name].dtype) for name in expected}
-    except SafetensorError as error:
-        raise MetapoolError(f"{file} is no readable safetensors file: {error}") from error
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise MetapoolError(f"{file}: {name} holds values that are not finite")
-    return weights
