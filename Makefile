@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-.PHONY: help env run test lint pool bench clean
+.PHONY: help env run test lint pool bench results-check clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -28,6 +28,9 @@ test: lint  ## lint, types, tests
 
 bench: env  ## time each unit against its plain reference -> benchmarks/results/units.json (about three minutes)
 	$(BIN)/python benchmarks/units.py
+
+results-check: env  ## recompute a row of every committed table and compare (about two minutes)
+	$(BIN)/python tools/check_results.py
 
 pool: env  ## rebuild the shipped pool (maintainers; about seven minutes on 2 cores)
 	rm -rf src/metapool/shipped/icons-30
