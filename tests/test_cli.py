@@ -65,7 +65,7 @@ HELP = {
     "predict": ["--model", "--support", "--query", "--json"],
     "pool": ["build", "join", "show"],
     "pool build": ["--out", "--data", "--models", "--architectures", "--epochs", "--size", "--jobs", "--seed"],
-    "pool join": ["OUT", "POOLS"],
+    "pool join": ["OUT", "POOL [POOL ...]"],
     "pool show": ["--json", "icons-30"],
     "oracle": ["--data", "--out", "--steps", "--seed"],
 }

@@ -121,9 +121,9 @@ class PoolShow:
 class PoolJoin:
     """Make one pool of several: of other domains, architectures, makers."""
 
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the new pool."""
-    pools: Annotated[tuple[str, ...], tyro.conf.Positional]
+    pools: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="POOL [POOL ...]")]
     """Shipped pools by name, or folders."""
 
     def __call__(self) -> None:
