@@ -321,7 +321,7 @@ def test_the_images_of_all_models_of_a_step_are_remembered(tiny_pool: ModelPool)
     assert set(made.memory.labelled().classes) == {name for model in tiny_pool for name in model.classes}
     assert sorted(len(images) for images, _ in tasks) == [4 * k for k in (2, 3, 3, 4)]
     assert len(made.memory) == 4 * (2 + 3 + 3 + 4)
-    assert {tuple(images.shape[1:]) for images, _ in tasks} == {(1, 16, 16)}
+    assert {tuple(images.shape[1:]) for images, _ in tasks} == {tiny_pool.input.shape}
 
 
 # The method -----------------------------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def test_a_saved_model_answers_alike(name: str, tiny_pool: ModelPool, kept: Stor
     assert type(loaded) is type(fitted)
     torch.testing.assert_close(answers(loaded), answers(fitted), rtol=0, atol=0)
     assert loaded.input == fitted.input
-    assert loaded.input in {model.input for model in tiny_pool.manifest.models}
+    assert loaded.input in {tiny_pool.input, *(model.input for model in tiny_pool.manifest.models)}
     assert loaded.parameter_count == fitted.parameter_count > 0
     assert loaded.models_at_inference == fitted.models_at_inference
 
@@ -523,7 +523,7 @@ def test_frozen_blocks_stop_where_they_are_and_resume_bit_for_bit(
 def test_other_settings_are_another_model(
     change: dict[str, Any], tiny_pool: ModelPool, kept: Store, tmp_path: Path
 ) -> None:
-    first, other = (brief(**more).fit(tiny_pool, kept, 1) for more in ({}, change))
+    first, other = (brief(**more).fit(tiny_pool, kept, 5) for more in ({}, change))
     assert of_bytes(first, tmp_path / "first") != of_bytes(other, tmp_path / "other")
 
 

@@ -287,7 +287,7 @@ def test_inversion_goes_on(tiny_pool: ModelPool) -> None:
     losses = [found.move(torch.tensor([2]), params, generator(step)) for step in range(30)]
     assert losses[-1] < 0.8 * losses[0]
     assert tuple(found.pixels[2].shape[1:]) == (3, 32, 32)
-    assert tuple(found.images().shape) == (4 * 12, 1, 16, 16)
+    assert tuple(found.images().shape) == (4 * 12, *tiny_pool.input.shape)
 
 
 # A fit ----------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ Further convolutional networks come from timm, by their name there and without w
 Every network is an encoder and a head: ``features(images) -> [N, D]`` and ``forward = head(features)``.
 """
 
-from typing import Annotated, Any, Literal, Self
+import re
+from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import torch
@@ -18,8 +19,17 @@ from metapool.base.store import Settings
 from metapool.base.transformer import HEAD_WIDTH, PATCH, initialise_transformer, vision_transformer
 
 OwnArchitecture = Literal["conv4", "resnet10", "resnet18", "vgg7", "vit", "vit-lora"]
-Architecture = OwnArchitecture | Annotated[str, pydantic.Field(pattern=r"^timm:[a-z0-9_]+$")]
 TIMM = "timm:"
+
+
+def _known(name: str) -> str:
+    own = get_args(OwnArchitecture)
+    if name not in own and not re.fullmatch(rf"{TIMM}[a-z0-9_]+", name):
+        raise ValueError(f"expected one of {', '.join(own)}, or {TIMM}NAME, not {name!r}")
+    return name
+
+
+Architecture = Annotated[str, pydantic.AfterValidator(_known)]
 VGG_STAGES = (1, 1, 2, 2)
 """Convolutions of each stage: the first four of VGG-11 (Simonyan & Zisserman 2015, configuration A)."""
 RESNET_BLOCKS = {"resnet10": (1, 1, 1, 1), "resnet18": (2, 2, 2, 2)}
