@@ -128,6 +128,6 @@ def test_committed_pages_show_the_committed_comparisons(name: str) -> None:
     root = Path(__file__).parent.parent
     tool = runpy.run_path(str(root / "tools" / "update_methods.py"))
     page = (root / "docs" / f"{name}.md").read_text()
-    assert tool["filled"](name) == page
+    assert tool["page"](name) == page
     if (root / "benchmarks" / "results" / f"{name}.json").is_file():
         assert "CPU seconds" in page

@@ -73,10 +73,11 @@ def rows_of_study(name: str, store: Path) -> Iterator[Found]:
         store: of what is recomputed.
 
     Yields:
-        All numbers of the table's first, middle and last row.
+        The number of rows, and all numbers of the table's first, middle and last row.
     """
     committed = json.loads((RESULTS / "studies" / f"{name}.json").read_text())
     now = STUDIES[name].model_validate(committed["settings"]).measure(Store(store)).rows
+    yield f"{name}: rows", len(committed["rows"]), len(now), 0
     for index in sorted({0, len(now) // 2, len(now) - 1}):
         for column, value in now[index].items():
             if isinstance(value, float):
@@ -113,7 +114,7 @@ def main() -> None:
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         for what, committed, now, apart in found(Path(folder)):
-            differs = abs(committed - now) > apart
+            differs = not abs(committed - now) <= apart  # also where a number is none
             wrong += differs
             print(f"{'DIFFERS' if differs else 'same':<8}{what}: {committed:g} committed, {now:g} now", flush=True)
     if wrong:

@@ -7,8 +7,9 @@
 """
 
 import json
-import re
 from pathlib import Path
+
+from pages import filled
 
 from metapool.interface.compare import table_of
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {"methods": ROOT / "docs" / "methods.md", "differences": ROOT / "docs" / "differences.md"}
 
 
-def filled(name: str) -> str:
+def page(name: str) -> str:
     """A page with the table of its results.
 
     Args:
@@ -24,26 +25,19 @@ def filled(name: str) -> str:
 
     Returns:
         Markdown; unchanged when there are no results.
-
-    Raises:
-        SystemExit: when the page has no markers.
     """
-    text, results = PAGES[name].read_text(), ROOT / "benchmarks" / "results" / f"{name}.json"
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    if begin not in text or end not in text:
-        raise SystemExit(f"{PAGES[name]} needs the lines {begin} and {end}")
+    results = ROOT / "benchmarks" / "results" / f"{name}.json"
     if not results.is_file():
-        return text
+        return PAGES[name].read_text()
     result = json.loads(results.read_text())
     source = f"Made by `{result['command']}`; `{results.relative_to(ROOT)}` has the rest."
-    table = f"{begin}\n{table_of(result)}\n{source}\n{end}"
-    return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: table, text, flags=re.DOTALL)
+    return filled(PAGES[name], name, f"{table_of(result)}\n{source}")
 
 
 def main() -> None:
     """Rewrites both pages."""
-    for name, page in PAGES.items():
-        page.write_text(filled(name))
+    for name, path in PAGES.items():
+        path.write_text(page(name))
 
 
 if __name__ == "__main__":

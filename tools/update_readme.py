@@ -6,17 +6,17 @@ The folder holds ``scores.json`` and ``run.json`` of a run (copied there from ``
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from pages import filled
 
 from metapool.interface.figures import accuracy_against_cost, standalone
 from metapool.interface.report.files import Scores
 from metapool.interface.report.wording import points_of
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def table(run: dict[str, Any], scores: dict[str, Any]) -> str:
@@ -53,12 +53,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     run, scores = (json.loads((folder / name).read_text()) for name in ("run.json", "scores.json"))
     readme = ROOT / "README.md"
-    text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"README.md needs the lines {BEGIN} and {END}")
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    filled = f"{BEGIN}\n{table(run, scores)}\n{END}"
-    readme.write_text(re.sub(pattern, lambda _: filled, text, flags=re.DOTALL))
+    readme.write_text(filled(readme, "results", table(run, scores)))
     shot = max(int(shot) for row in scores["methods"].values() for shot in row["shots"])
     points = points_of(Scores.model_validate(scores), shot, run["headline"])
     figure = accuracy_against_cost(points, f"{shot}-shot accuracy, {scores['episodes']['way']}-way (%)")

@@ -8,15 +8,15 @@ the recipe's name is a hyphen in the file's.
 """
 
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pages import filled
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "scenarios.md"
 RESULTS = ROOT / "benchmarks" / "results" / "scenarios"
-BEGIN, END = "<!-- scenarios:begin -->", "<!-- scenarios:end -->"
 
 
 def table(scenarios: Mapping[str, dict[str, Any]]) -> str:
@@ -63,16 +63,9 @@ def update(page: Path, results: Path) -> None:
     Args:
         page: Markdown with both markers.
         results: folder of ``<recipe>.json``; it may be missing.
-
-    Raises:
-        SystemExit: when a marker is missing.
     """
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{page} needs the lines {BEGIN} and {END}")
     found = {file.stem: json.loads(file.read_text()) for file in sorted(results.glob("*.json"))}
-    filled = f"{BEGIN}\n{table(found)}\n{END}"
-    page.write_text(re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: filled, text, flags=re.DOTALL))
+    page.write_text(filled(page, "scenarios", table(found)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python tools/update_studies.py [runs/study-gradients ...]
 
-Each folder is what ``metapool study NAME`` wrote: table and JSON go to ``benchmarks/results/studies``, figures to
-``docs/studies``. Without folders only the page is written anew.
+Each folder is what ``metapool study NAME`` wrote: table and JSON go to ``benchmarks/results/studies``. The figures in
+``docs/studies`` are drawn from all JSON files there, and the page is written; without folders these two alone.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from metapool.interface.studies import STUDIES
+from metapool.interface.studies.study import Findings, figure_files
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, FIGURES = ROOT / "benchmarks" / "results" / "studies", ROOT / "docs" / "studies"
@@ -50,16 +51,26 @@ def section(name: str, result: dict[str, Any]) -> str:
         Markdown.
     """
     machine = f"{result['machine']['cpu']}, torch {result['machine']['torch']}"
-    figures = [
-        f"![{result['title']}](studies/{path.name})"
-        for path in sorted(FIGURES.glob(f"{name}*.svg"))
-        if path.stem == name or path.stem.startswith(f"{name}-")
-    ]
+    shown = [f"![{result['title']}](studies/{file})" for file in figures(name)]
     made = f"Made by `{result['command']}` on {machine}; all settings and {len(result['rows'])} rows are in"
     files = f"`benchmarks/results/studies/{name}.json` and `.csv`."
     return "\n\n".join(
-        [f"## {result['title']}", f"After {result['source']}.", result["answer"], *figures, f"{made} {files}", ""]
+        [f"## {result['title']}", f"After {result['source']}.", result["answer"], *shown, f"{made} {files}", ""]
     )
+
+
+def figures(name: str) -> dict[str, str]:
+    """Figures of a study, drawn from its committed result.
+
+    Args:
+        name: of the study.
+
+    Returns:
+        SVG by the file's name, the study's main figure first.
+    """
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    findings = Findings(result["rows"], result["answer"], result["summary"])
+    return figure_files(name, STUDIES[name].model_validate(result["settings"]), findings)
 
 
 def take(folder: Path) -> None:
@@ -74,17 +85,18 @@ def take(folder: Path) -> None:
     name = folder.name.removeprefix("study-")
     if name not in STUDIES or not (folder / f"{name}.json").is_file():
         raise SystemExit(f"{folder}: no result of a study lies there; `metapool study {name}` makes one")
-    for place, kinds in ((RESULTS, ("json", "csv")), (FIGURES, ("svg",))):
-        place.mkdir(parents=True, exist_ok=True)
-        for kind in kinds:
-            for path in sorted(folder.glob(f"{name}*.{kind}")):
-                shutil.copyfile(path, place / path.name)
+    for kind in ("json", "csv"):
+        shutil.copyfile(folder / f"{name}.{kind}", RESULTS / f"{name}.{kind}")
 
 
 def main() -> None:
-    """Takes the folders of the command line, then writes the page."""
+    """Takes the folders of the command line, then draws the figures and writes the page."""
     for folder in sys.argv[1:]:
         take(Path(folder))
+    for name in STUDIES:
+        if (RESULTS / f"{name}.json").is_file():
+            for file, svg in figures(name).items():
+                (FIGURES / file).write_text(svg)
     PAGE.write_text(page())
 
 

@@ -1,23 +1,19 @@
-"""Puts the study of the theorems into docs/theorems.md: numbers and figures come from committed JSON, never by hand.
+"""Puts the numbers of the study of the theorems into docs/theorems.md, after update_studies.py took the study's files.
 
-metapool study theorems
-cp runs/study-theorems/theorems.json runs/study-theorems/theorems.csv benchmarks/results/studies/
 python tools/update_theorems.py
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from metapool.interface.figures import standalone
-from metapool.interface.studies.study import Findings
-from metapool.interface.studies.theorems import TheoremsStudy, lines
+from pages import filled
+
+from metapool.interface.studies.theorems import lines
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "studies" / "theorems.json"
 PAGE = ROOT / "docs" / "theorems.md"
-BEGIN, END = "<!-- theorems:begin -->", "<!-- theorems:end -->"
 
 
 def remainders_table(result: dict[str, Any]) -> list[str]:
@@ -112,41 +108,13 @@ def block(result: dict[str, Any]) -> str:
     )
 
 
-def filled() -> str:
+def page() -> str:
     """The page with the numbers of its results.
 
     Returns:
         Markdown.
-
-    Raises:
-        SystemExit: when the page has no markers.
     """
-    text = PAGE.read_text()
-    if BEGIN not in text or END not in text:
-        raise SystemExit(f"{PAGE} needs the lines {BEGIN} and {END}")
-    new = f"{BEGIN}\n{block(json.loads(RESULT.read_text()))}\n{END}"
-    return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: new, text, flags=re.DOTALL)
-
-
-def figures() -> dict[str, str]:
-    """The figures of the page.
-
-    Returns:
-        SVG by file name.
-    """
-    result = json.loads(RESULT.read_text())
-    study = TheoremsStudy.model_validate(result["settings"])
-    drawn = study.draw(Findings(result["rows"], result["answer"], result["summary"]))
-    return {"-".join(filter(None, ("theorems", part))) + ".svg": standalone(svg) for part, svg in drawn.items()}
-
-
-def main() -> None:
-    """Rewrites the page and its figures."""
-    PAGE.write_text(filled())
-    folder = ROOT / "docs" / "studies"
-    folder.mkdir(exist_ok=True)
-    for name, svg in figures().items():
-        (folder / name).write_text(svg)
+    return filled(PAGE, "theorems", block(json.loads(RESULT.read_text())))
 
 
 def _between(values: Any, form: str) -> str:
@@ -155,4 +123,4 @@ def _between(values: Any, form: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page())
