@@ -42,7 +42,7 @@ from metapool.evaluate import evaluate
 from metapool.interface.figures import PALETTE
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks, standalone
 from metapool.interface.figures.labels import Box, Label, write_labels
-from metapool.interface.recipe import Recipe, cores, load_recipe, open_pool, scored_images
+from metapool.interface.recipe import Recipe, load_recipe, open_pool, scored_images, workers
 from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.recover import GeneratorRecovery
@@ -303,7 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
             recipe, method = small(recipe, method)
             budgets = options.steps or [1, 2]
         given = sys.argv[1:] if arguments is None else arguments
-        jobs = recipe.jobs or cores()
+        jobs = workers(recipe.jobs)
         torch.set_num_threads(1)  # as the store has it; scoring too, as in a run
         result: dict[str, Any] = {
             "command": " ".join(["python benchmarks/accuracy_over_time.py", *given]),

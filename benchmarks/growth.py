@@ -44,7 +44,7 @@ from metapool.episodes import sample_episodes
 from metapool.evaluate import evaluate
 from metapool.interface.figures import PALETTE
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, round_ticks, standalone
-from metapool.interface.recipe import Evaluation, cores, load_recipe, open_pool, scored_images, validation_images
+from metapool.interface.recipe import Evaluation, load_recipe, open_pool, scored_images, validation_images, workers
 from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool, PretrainedModel
@@ -418,7 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--models", type=int, nargs="+", default=[10, 30, 100, 300], help="sizes of the pool")
     parser.add_argument("--recovery-steps", type=int, default=6, help="of each model; 60 in the main recipe")
     parser.add_argument("--steps", type=int, default=10, help="of meta-training; 240 in the main recipe")
-    parser.add_argument("--jobs", type=int, default=cores(), help="worker processes")
+    parser.add_argument("--jobs", type=int, default=workers(), help="worker processes")
     parser.add_argument("--seed", type=int, default=0, help="of training and of the copies' noise")
     parser.add_argument("--small", action="store_true", help="tiny settings, to see that it works; needs --out")
     parser.add_argument("--figure-only", action="store_true", help="draw the figure of an earlier result")

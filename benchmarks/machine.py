@@ -48,7 +48,7 @@ from metapool.gradients import task_gradients
 from metapool.interface.figures import PALETTE
 from metapool.interface.figures.drawing import ACCENT, INK, MUTED, bare, panel, plain_log_ticks, standalone
 from metapool.interface.figures.labels import Box, Label, write_labels
-from metapool.interface.recipe import cores, load_recipe, open_pool
+from metapool.interface.recipe import load_recipe, open_pool, workers
 from metapool.interface.run.files import replace_text
 from metapool.methods.tgr import TGR
 from metapool.pool import PretrainedModel
@@ -721,7 +721,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.figure_only:
         given = sys.argv[1:] if arguments is None else arguments
         started = time.perf_counter()
-        found = measure(SMALL if options.small else Sizes(), options.threads, 1 if options.small else cores())
+        found = measure(SMALL if options.small else Sizes(), options.threads, 1 if options.small else workers())
         result = {"command": " ".join(["python benchmarks/machine.py", *given]), **found}
         replace_text(options.out, json.dumps(rounded(result), indent=1, ensure_ascii=False) + "\n")
         print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)

@@ -378,6 +378,9 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "shown pool is missing": ("pool show nowhere", "nowhere is not a pool"),
     "shown pool.json is bad": ("pool show garbled-pool", "garbled-pool/pool.json: models.0.id"),
     "shown pool lacks weights": ("pool show weightless-pool", "weightless-pool/stripes-001.safetensors"),
+    "unknown study": ("study nobody", "there are cka"),
+    "no study named": ("study --steps 3", "the name of a study comes first"),
+    "study with workers below none": ("study cka --jobs -3", "--jobs -3"),
     "pool joined with itself": ("pool join new pool pool", "would stand twice"),
     "pool joined with none": ("pool join new pool nowhere", "nowhere is not a pool"),
     "pool joined lacks weights": (

@@ -245,5 +245,8 @@ def test_a_pool_is_opened_by_shipped_name_or_folder(tmp_path: Path, monkeypatch:
         open_pool("icons-31")
 
 
-def test_cores() -> None:
-    assert recipes.cores() >= 1
+def test_workers_are_as_many_as_told_or_as_there_are_cores() -> None:
+    assert recipes.workers(3) == 3
+    assert recipes.workers() == recipes.workers(0) >= 1
+    with pytest.raises(MetapoolError, match="--jobs -3"):
+        recipes.workers(-3)

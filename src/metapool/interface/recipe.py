@@ -378,10 +378,18 @@ def backbone_images(data: str, given: str | None, size: int | None, channels: in
     return _beside({name: replace(part, images=part.images.expand(-1, 3, -1, -1)) for name, part in parts.items()})
 
 
-def cores() -> int:
-    """Processor cores of this machine.
+def workers(jobs: int = 0) -> int:
+    """Worker processes, as many as a command is told.
+
+    Args:
+        jobs: how many; 0 for as many as there are processor cores.
 
     Returns:
         At least 1.
+
+    Raises:
+        MetapoolError: when there are fewer than none.
     """
-    return os.cpu_count() or 1
+    if jobs < 0:
+        raise MetapoolError(f"--jobs {jobs}: a number of worker processes, or 0 for as many as there are cores")
+    return jobs or os.cpu_count() or 1

@@ -212,6 +212,8 @@ def _study(arguments: Sequence[str]) -> None:
     own.add_argument("--out", type=Path, default=Path("runs"))
     own.add_argument("--json", action="store_true")
     given, rest = own.parse_known_args(arguments)
+    if rest and rest[0].startswith("-") and rest[0] not in ("-h", "--help"):
+        raise MetapoolError(f"study {rest[0]}: the name of a study comes first; there are {', '.join(STUDIES)}")
     if not rest or rest[0].startswith("-"):
         for name, study in STUDIES.items():
             print(f"{name:<14}{study.title} ({study.source})")
@@ -222,7 +224,7 @@ def _study(arguments: Sequence[str]) -> None:
     about = f"{STUDIES[name].title}. Also: --jobs N, --store FOLDER, --out FOLDER, --json."
     study = _parsed(STUDIES[name], prog=f"metapool study {name}", description=about, args=rest)
     with Progress() as progress:
-        store = Store(given.store, jobs=given.jobs or recipes.cores(), progress=progress)
+        store = Store(given.store, jobs=recipes.workers(given.jobs), progress=progress)
         folder = write_study(name, study, store, given.out)
     found = (folder / f"{name}.json").read_text()
     print(found if given.json else f"{json.loads(found)['answer']}\n{folder}")

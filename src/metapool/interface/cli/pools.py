@@ -79,7 +79,7 @@ class PoolBuild:
         """Trains and shows the pool."""
         with Progress() as progress:
             images = recipes.training_images(self.data, self.size, self.channels, self.root)
-            store = Store(self.store, jobs=self.jobs or recipes.cores(), progress=progress)
+            store = Store(self.store, jobs=recipes.workers(self.jobs), progress=progress)
             backbone_images = None
             if any(text.startswith("vit-lora") for text in self.settings.architectures):
                 backbone_images = recipes.backbone_images(self.data, self.backbone_data, self.size, self.channels)

@@ -18,12 +18,12 @@ from metapool.evaluate import Scores, evaluate, milliseconds_per_image
 from metapool.interface.recipe import (
     SHIPPED,
     Recipe,
-    cores,
     names_of,
     open_pool,
     recipe_text,
     scored_images,
     validation_images,
+    workers,
 )
 from metapool.interface.report import check_installed, write_report
 from metapool.interface.run.files import (
@@ -168,8 +168,7 @@ def prepare(recipe: Recipe, progress: Progress = silent) -> Job:
     """
     check_installed()
     pool = open_pool(recipe.pool)[: recipe.limit]
-    jobs = recipe.jobs or cores()
-    store = Store(Path(recipe.store), jobs=jobs, progress=progress)
+    store = Store(Path(recipe.store), jobs=workers(recipe.jobs), progress=progress)
     if not pool.ids:
         raise MetapoolError(f"{pool.path}: the pool has no models")
     input = pool.input
