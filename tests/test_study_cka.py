@@ -18,6 +18,7 @@ from metapool.base.store import Store, generator_for
 from metapool.embed import cka, minibatch_cka
 from metapool.interface.studies import cka as module
 from metapool.interface.studies.cka import CKAStudy
+from metapool.interface.studies.pools import open_pools
 from metapool.interface.studies.resampling import (
     alike,
     contrast,
@@ -220,7 +221,7 @@ def test_mistakes_are_one_line(root: Path, tiny_pool: ModelPool, capsys: pytest.
         CKAStudy(batch=3)
     study = CKAStudy(pools=(str(tiny_pool.path),), recipe=str(root / "tiny.yaml"), images=4, batch=4)
     with pytest.raises(MetapoolError, match="pools: expected 3 or more models"):
-        module.open_pools([str(short_pool(tiny_pool, root / "short"))])
+        open_pools([str(short_pool(tiny_pool, root / "short"))])
     assert len(study.measure(Store(root / "store")).rows) == 6
 
 

@@ -139,7 +139,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the place of the main recipe, one of seconds."""
     method = TGR(**{**toys.SMALL_TGR, "recovery": toys.HASTY})
-    monkeypatch.setattr(gradients, "load_recipe", lambda name: Recipe(method=method))
+    monkeypatch.setattr(gradients, "tgr_recipe", lambda name: (Recipe(method=method), method))
 
 
 def test_on_a_toy_pool(pool: Path, small_recipe: None, tmp_path: Path, capsys: Output) -> None:

@@ -254,17 +254,8 @@ class ModelPool(Sequence[PretrainedModel]):
 
     @property
     def input(self) -> InputSpec:
-        """What a meta-model of this pool is to expect of an image: something that all models' images fit into.
-
-        As many channels as any model has, and the size that most models have (of equals the first), normalised as for
-        the first model that is like that.
-        """
-        inputs = [entry.input for entry in self.manifest.models]
-        channels = max(input.channels for input in inputs)
-        sizes = Counter((input.height, input.width) for input in inputs)
-        height, width = size = max(sizes, key=sizes.__getitem__)
-        like = max(inputs, key=lambda one: (one.channels == channels, (one.height, one.width) == size))
-        return like.model_copy(update={"height": height, "width": width})
+        """What a meta-model of this pool is to expect of an image."""
+        return common_input([entry.input for entry in self.manifest.models])
 
     def digest(self) -> str:
         """Hash of everything that results depend on: weights, inputs and class names, not the pool's name or place.
@@ -335,3 +326,20 @@ class ModelPool(Sequence[PretrainedModel]):
         temporary.write_text(manifest.model_dump_json(indent=1) + "\n")
         temporary.replace(self.path / "pool.json")
         self.manifest = manifest
+
+
+def common_input(inputs: Sequence[InputSpec]) -> InputSpec:
+    """Something that the images of all models fit into.
+
+    Args:
+        inputs: of the models, at least one.
+
+    Returns:
+        As many channels as any model has, and the size that most models have (of equals the first), normalised as for
+        the first model that is like that.
+    """
+    channels = max(input.channels for input in inputs)
+    sizes = Counter((input.height, input.width) for input in inputs)
+    height, width = size = max(sizes, key=sizes.__getitem__)
+    like = max(inputs, key=lambda one: (one.channels == channels, (one.height, one.width) == size))
+    return like.model_copy(update={"height": height, "width": width})

@@ -7,21 +7,17 @@ import pydantic
 
 from metapool.base.store import Store, generator_for
 from metapool.interface.figures.pools import similarity_map
-from metapool.interface.studies.pools import open_pools, pool_cka, tgr_of
+from metapool.interface.studies.pools import PoolsStudy, pool_cka
 from metapool.interface.studies.resampling import Estimate, alike, block_means, contrast, mean_of_pairs
-from metapool.interface.studies.study import Findings, Row, Study
+from metapool.interface.studies.study import Findings, Row
 
 
-class CKAStudy(Study):
+class CKAStudy(PoolsStudy):
     """Unbiased CKA of the features of all pairs of models, on recovered images of all of them."""
 
     title: ClassVar[str] = "Do models of one architecture or domain see images alike?"
     source: ClassVar[str] = "TGR, figure 1"
 
-    pools: tuple[str, ...] = pydantic.Field(default=("icons-30",), min_length=1)
-    """Shipped pools' names or folders; each counts as a domain."""
-    recipe: str = "main"
-    """Recipe whose recovery gives the images."""
     images: int = pydantic.Field(default=1200, ge=4)
     """Images that all models look at, about; the same number recovered from each."""
     batch: int = pydantic.Field(default=100, ge=4)
@@ -38,8 +34,7 @@ class CKAStudy(Study):
         Returns:
             A row for each pair.
         """
-        pools = open_pools(self.pools)
-        bank = pools.recover(tgr_of(self.recipe), store)
+        _, pools, bank = self.opened(store)
         similarity = pool_cka(pools, bank, self.images, self.batch, self.seed, store)
         ids, domains, architectures = list(pools.entries), pools.domains, pools.architectures
         rows: list[Row] = [

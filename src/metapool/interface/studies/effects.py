@@ -51,7 +51,7 @@ Counts = Annotated[tuple[Annotated[int, pydantic.Field(ge=1)], ...], pydantic.Fi
 class EffectsStudy(TrialStudy):
     """One-at-a-time sweeps; values of one factor share seeds and, but for way and shot, episodes."""
 
-    title: ClassVar[str] = "what each quantity does: models, groups, teachers, α, images, names, classes, way, shot"
+    title: ClassVar[str] = "What does each quantity do: models, groups, teachers, α, images, names, classes, way, shot?"
     source: ClassVar[str] = "TGR, its ablations and settings"
 
     factors: tuple[Factor, ...] = pydantic.Field(default=FACTORS, min_length=1)

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import pydantic
 import torch
 from numpy.typing import NDArray
 from sklearn.decomposition import PCA
@@ -13,23 +12,19 @@ from metapool.base.store import Store, generator_for, seed_for
 from metapool.embed import TaskEmbeddings, dissimilarity, embed_bank
 from metapool.group import group_models
 from metapool.interface.figures.pools import coloured_maps
-from metapool.interface.studies.pools import open_pools, tgr_of
+from metapool.interface.studies.pools import PoolsStudy
 from metapool.interface.studies.resampling import silhouette_test
-from metapool.interface.studies.study import Findings, Row, Study
+from metapool.interface.studies.study import Findings, Row
 
 COLOURINGS = ("domain", "architecture", "group")
 
 
-class EmbeddingsStudy(Study):
+class EmbeddingsStudy(PoolsStudy):
     """Task embeddings in the plane, and whether models that share a trait lie together."""
 
     title: ClassVar[str] = "What do task embeddings tell apart: domains, architectures, groups?"
     source: ClassVar[str] = "TGR, section 4.1"
 
-    pools: tuple[str, ...] = pydantic.Field(default=("icons-30",), min_length=1)
-    """Shipped pools' names or folders; each counts as a domain."""
-    recipe: str = "main"
-    """Recipe whose recovery, probe and groups are looked at."""
     projection: Literal["pca", "t-sne"] = "pca"
     """How embeddings come into the plane; the silhouettes do not depend on it."""
     seed: int = 0
@@ -44,8 +39,7 @@ class EmbeddingsStudy(Study):
         Returns:
             A row for each model.
         """
-        method, pools = tgr_of(self.recipe), open_pools(self.pools)
-        bank = pools.recover(method, store)
+        method, pools, bank = self.opened(store)
         embeddings = embed_bank(bank, pools.input, method.probe, store)
         distances = dissimilarity(embeddings)
         smallest = min(method.teachers, len(bank))

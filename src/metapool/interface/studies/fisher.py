@@ -13,7 +13,7 @@ from metapool.base.store import Store, generator_for
 from metapool.embed import dissimilarity, embed_bank
 from metapool.interface.figures.pools import OverlapPanel, by_architecture, by_overlap
 from metapool.interface.recipe import training_images
-from metapool.interface.studies.pools import Pools, open_pools, pool_cka, tgr_of
+from metapool.interface.studies.pools import Pools, open_pools, pool_cka
 from metapool.interface.studies.resampling import (
     Estimate,
     alike,
@@ -22,7 +22,7 @@ from metapool.interface.studies.resampling import (
     mean_of_pairs,
     rank_correlation,
 )
-from metapool.interface.studies.study import Findings, Row, Study
+from metapool.interface.studies.study import Findings, Row, Study, tgr_recipe
 from metapool.interface.studies.training import trained_pool
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool
@@ -81,7 +81,7 @@ class FisherStudy(Study):
         Returns:
             A row for each pair of a pool.
         """
-        method = tgr_of(self.recipe)
+        _, method = tgr_recipe(self.recipe)
         opened = {pools.domains[0]: pools for pools in (open_pools([name]) for name in self.pools)}
         if self.overlaps:
             opened[PLANTED] = Pools({PLANTED: self._planted(store)})

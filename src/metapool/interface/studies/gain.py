@@ -24,18 +24,17 @@ from metapool.base.functional import Params
 from metapool.base.images import InputSpec, LabelledImages
 from metapool.base.store import Store, generator_for, seed_for
 from metapool.episodes import draw_episodes
-from metapool.evaluate import Interval, Scores, mean_interval
+from metapool.evaluate import Interval, Scores
 from metapool.gradients import Batch, mean_gradient, task_gradients
 from metapool.interface.figures.gains import gains
-from metapool.interface.recipe import evaluation_images, load_recipe, training_images
-from metapool.interface.studies.study import Findings, Study
+from metapool.interface.recipe import evaluation_images, training_images
+from metapool.interface.studies.study import Findings, Study, tgr_recipe
 from metapool.interface.studies.training import Wanted, trained_pool
 from metapool.interface.studies.trials import Exam, Shape, draw_exam, in_words, rounded
 from metapool.learners import MAML, AnyLearner, ProtoNet, episode_loss
 from metapool.meta_model import MetaModel
-from metapool.methods import recovery_of
 from metapool.realdata.pretrain import PoolSettings
-from metapool.recover import GeneratorRecovery, recover_pool
+from metapool.recover import recover_pool
 from metapool.student import Student
 from metapool.training import Training
 
@@ -53,7 +52,7 @@ _BASIC = "basic"
 class GainStudy(Study):
     """Pairs of a basic model and an auxiliary one; whether what the second adds rises and falls with heterogeneity."""
 
-    title: ClassVar[str] = "what a second model adds, by how unlike the first one it is"
+    title: ClassVar[str] = "What does a second model add, by how unlike the first one it is?"
     source: ClassVar[str] = "TGR, definition 3.1 and figure 2"
 
     data: str = "icons"
@@ -115,9 +114,8 @@ class GainStudy(Study):
                                 f"{len(real.classes)}")  # fmt: skip
         models, about = self._models(len(real.classes))
         pool = trained_pool(real, models, PoolSettings(epochs=self.epochs), store, seed=0)
-        main = recovery_of(load_recipe("main").method)
-        assert isinstance(main, GeneratorRecovery)
-        recovery = main.model_copy(update={"per_class": self.per_class, "steps": self.recovery_steps})
+        _, method = tgr_recipe("main")
+        recovery = method.recovery.model_copy(update={"per_class": self.per_class, "steps": self.recovery_steps})
         bank, input = recover_pool(pool, recovery, store), pool.input
         images = evaluation_images(self.data, self.split, input)
         exam = draw_exam(images, [(self.way, shot) for shot in SHOTS], self.query, self.episodes, 0)
@@ -134,8 +132,10 @@ class GainStudy(Study):
             shared["heterogeneity"] = round(1 - overlap / (2 * self.way - overlap), 4)
             found = {f"{shape[1]}-shot gain": round(gain(id, shape), 3) for shape in exam.episodes}
             rows.append({**shared, "own accuracy": accuracies[id], **found, "seeds": self.seeds})
-        basic = {f"{shape[1]}-shot": mean_interval(np.array([_percent(scores[_BASIC, seed][shape])
-                 for seed in range(self.seeds)])).mean for shape in exam.episodes}  # fmt: skip
+        basic = {
+            f"{shape[1]}-shot": float(np.mean([_percent(scores[_BASIC, seed][shape]) for seed in range(self.seeds)]))
+            for shape in exam.episodes
+        }
         by_overlap = [row for row in rows if row["varies"] == "overlap"]
         trends = {
             f"{shot}-shot": trend(

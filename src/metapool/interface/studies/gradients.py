@@ -15,11 +15,11 @@ from metapool.base.errors import MetapoolError
 from metapool.base.store import Key, Store, generator_for
 from metapool.evaluate import mean_interval
 from metapool.interface.figures.gradients import curves_of_alphas, step_errors
-from metapool.interface.recipe import load_recipe, open_pool
+from metapool.interface.recipe import open_pool
 from metapool.interface.run import fit_key
 from metapool.interface.run.files import write_json
 from metapool.interface.studies.single_steps import SingleStep, step_differences, step_seconds
-from metapool.interface.studies.study import Findings, Row, Study
+from metapool.interface.studies.study import CLASSIFY, Findings, Row, Study, tgr_recipe
 from metapool.meta_model import MetaModel
 from metapool.methods.tgr import TGR
 from metapool.methods.tgr.tasks import Tasks
@@ -30,10 +30,10 @@ VERSION = 1
 Loss = Literal["classify", "relational"]
 LOSSES: tuple[Loss, ...] = ("classify", "relational")
 CHANGES: Mapping[Loss, Mapping[str, Any]] = {
-    "classify": {"task_loss": "classify", "batch": 50, "learning_rate": 1e-3},
+    "classify": CLASSIFY,
     "relational": {"task_loss": "relational"},
 }
-"""What each task loss needs beside the main recipe: ``classify`` its ten images of each class and a smaller rate."""
+"""What each task loss needs beside the main recipe."""
 SEEN = ("discrepancy", "relative", "cosine", "loss")
 
 Alpha = Annotated[float, pydantic.Field(gt=0, le=10)]
@@ -141,8 +141,7 @@ class GradientsStudy(Study):
         Returns:
             The main recipe's method, with stage 4 alone.
         """
-        base = load_recipe("main").method
-        assert isinstance(base, TGR)
+        _, base = tgr_recipe("main")
         alone = {"replay": "none", "freeze": (), "steps": self.steps, "check_every": self.steps, "alpha": alpha}
         return base.model_copy(update={**alone, **CHANGES[loss]})
 

@@ -12,7 +12,7 @@ from metapool.evaluate import Interval, Scores
 from metapool.interface.figures.differences import Difference, differences
 from metapool.interface.recipe import meta_train_images
 from metapool.interface.studies.inputs import KINDS, Kind, bank_of
-from metapool.interface.studies.study import Findings
+from metapool.interface.studies.study import CLASSIFY, Findings
 from metapool.interface.studies.trials import (
     Shape,
     Trial,
@@ -28,7 +28,6 @@ from metapool.interface.studies.trials import (
 from metapool.methods.tgr import TGR
 
 _NO_REPLAY, _REPLAY = "without replay", "with replay"
-_CLASSIFY = {"task_loss": "classify", "batch": 50, "learning_rate": 1e-3}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class Question:
 class MattersStudy(TrialStudy):
     """Trainings that differ in one thing; differences are paired by seed, to the variant that is claimed to be best."""
 
-    title: ClassVar[str] = "does recovery matter, does grouping matter, does gradient regularization matter"
+    title: ClassVar[str] = "Do recovery, grouping and gradient regularization matter?"
     source: ClassVar[str] = "TGR, sections 3.1 to 3.3 and their ablations"
 
     models: int = pydantic.Field(default=12, ge=2)
@@ -131,7 +130,7 @@ class MattersStudy(TrialStudy):
                 (
                     Variant("relational", {"task_loss": "relational"}),
                     Variant("episodic", {"task_loss": "episodic"}),
-                    Variant("classify", _CLASSIFY),
+                    Variant("classify", dict(CLASSIFY)),
                 ),
                 "relational",
                 ("classify",),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -21,9 +22,10 @@ from metapool.base.errors import MetapoolError
 from metapool.base.images import InputSpec
 from metapool.base.store import Store, generator_for
 from metapool.embed import minibatch_cka
-from metapool.interface.recipe import load_recipe, open_pool
+from metapool.interface.recipe import open_pool
+from metapool.interface.studies.study import Study, tgr_recipe
 from metapool.methods.tgr import TGR
-from metapool.pool import ModelEntry, ModelPool, PretrainedModel
+from metapool.pool import ModelEntry, ModelPool, PretrainedModel, common_input
 from metapool.recover import recover_pool
 from metapool.views import VERSION as VIEWS_VERSION
 from metapool.views import look
@@ -58,8 +60,8 @@ class Pools:
 
     @property
     def input(self) -> InputSpec:
-        """That of the first model with the most numbers in an image, so that no model's images lose anything."""
-        return max((entry.input for entry in self.entries.values()), key=lambda input: int(np.prod(input.shape)))
+        """What the images of all pools are brought to."""
+        return common_input([entry.input for entry in self.entries.values()])
 
     @property
     def overlaps(self) -> NDArray[np.int64]:
@@ -115,6 +117,27 @@ class Pools:
         return (self.parts[domain] if domain else next(iter(self.parts.values()))), own
 
 
+class PoolsStudy(Study):
+    """What studies of the models of one or several pools share."""
+
+    pools: tuple[str, ...] = pydantic.Field(default=("icons-30",), min_length=1)
+    """Shipped pools' names or folders; each counts as a domain."""
+    recipe: str = "main"
+    """Recipe of TGR whose recovery, probe and groups are looked at."""
+
+    def opened(self, store: Store) -> tuple[TGR, Pools, TaskBank]:
+        """The method, the pools and their recovered tasks.
+
+        Args:
+            store: keeps the tasks.
+
+        Returns:
+            All three.
+        """
+        (_, method), pools = tgr_recipe(self.recipe), open_pools(self.pools)
+        return method, pools, pools.recover(method, store)
+
+
 def open_pools(names: Sequence[str]) -> Pools:
     """Opens pools.
 
@@ -134,24 +157,6 @@ def open_pools(names: Sequence[str]) -> Pools:
     if sum(map(len, opened)) < 3:
         raise MetapoolError(f"pools: expected 3 or more models to compare, found {sum(map(len, opened))}")
     return Pools(found)
-
-
-def tgr_of(recipe: str) -> TGR:
-    """The method of a recipe, whose recovery, probe and groups a study is about.
-
-    Args:
-        recipe: a shipped recipe's name, or a file.
-
-    Returns:
-        Its settings.
-
-    Raises:
-        MetapoolError: when the recipe's method is another one.
-    """
-    method = load_recipe(recipe).method
-    if not isinstance(method, TGR):
-        raise MetapoolError(f"recipe: expected one whose method is tgr, but that of {recipe} is {method.name}")
-    return method
 
 
 def pool_cka(pools: Pools, bank: TaskBank, images: int, batch: int, seed: int, store: Store) -> NDArray[np.float64]:

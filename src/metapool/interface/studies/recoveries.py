@@ -24,8 +24,7 @@ from metapool.evaluate import Interval, mean_interval
 from metapool.interface.figures import recovered_sheet
 from metapool.interface.figures.pools import SheetRow, contact_sheet
 from metapool.interface.recipe import open_pool, training_images
-from metapool.interface.studies.pools import tgr_of
-from metapool.interface.studies.study import Findings, Row, Study
+from metapool.interface.studies.study import Findings, Row, Study, tgr_recipe
 from metapool.methods.free import FREE, MetaGenerator, Visit
 from metapool.pool import ModelPool, PretrainedModel
 from metapool.recover import VERSION as RECOVER_VERSION
@@ -117,7 +116,7 @@ class RecoveriesStudy(Study):
         label = first.classes[0] if self.label is None else self.label
         if label not in first.classes:
             raise MetapoolError(f"label: model {first.id!r} knows {', '.join(first.classes)}, not {label!r}")
-        tasks = recover_all(pool, chosen.ids, ways(tgr_of(self.recipe).recovery), self.images, self.seed, store)
+        tasks = recover_all(pool, chosen.ids, ways(tgr_recipe(self.recipe)[1].recovery), self.images, self.seed, store)
         if self.data is not None:
             data = training_images(self.data, first.input.height, first.input.channels)
             for model in chosen:

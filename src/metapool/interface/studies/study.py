@@ -12,9 +12,12 @@ from typing import Any, ClassVar
 import torch
 
 import metapool
+from metapool.base.errors import MetapoolError
 from metapool.base.store import Settings, Store
 from metapool.interface.figures import standalone
+from metapool.interface.recipe import Recipe, load_recipe
 from metapool.interface.run.files import replace_text, write_json
+from metapool.methods.tgr import TGR
 
 Row = Mapping[str, str | int | float | bool | None]
 
@@ -65,6 +68,28 @@ class Study(Settings):
         raise NotImplementedError
 
 
+CLASSIFY: Mapping[str, Any] = {"task_loss": "classify", "batch": 50, "learning_rate": 1e-3}
+"""What the paper's task loss needs in a recipe of ours: its ten images of each class, and a smaller rate."""
+
+
+def tgr_recipe(name: str) -> tuple[Recipe, TGR]:
+    """A recipe of TGR, which a study is about.
+
+    Args:
+        name: of a shipped recipe, or a file.
+
+    Returns:
+        The recipe and its method.
+
+    Raises:
+        MetapoolError: when the recipe's method is another one.
+    """
+    recipe = load_recipe(name)
+    if not isinstance(recipe.method, TGR):
+        raise MetapoolError(f"recipe {name}: a recipe of tgr was expected, not of {recipe.method.name}")
+    return recipe, recipe.method
+
+
 def write_study(name: str, study: Study, store: Store, out: Path) -> Path:
     """Runs a study and writes what it found.
 
@@ -101,9 +126,24 @@ def write_study(name: str, study: Study, store: Store, out: Path) -> Path:
         },
     )
     replace_text(folder / f"{name}.csv", table_as_csv(findings.rows))
-    for part, svg in study.draw(findings).items():
-        replace_text(folder / f"{'-'.join(filter(None, (name, part)))}.svg", standalone(svg))
+    for file, svg in figure_files(name, study, findings).items():
+        replace_text(folder / file, svg)
     return folder
+
+
+def figure_files(name: str, study: Study, findings: Findings) -> dict[str, str]:
+    """The figures of a study as files.
+
+    Args:
+        name: of the study.
+        study: with its settings.
+        findings: what it found, also as its JSON file has them.
+
+    Returns:
+        Content of the ``.svg`` files by their names.
+    """
+    drawn = study.draw(findings).items()
+    return {f"{'-'.join(filter(None, (name, part)))}.svg": standalone(svg) for part, svg in drawn}
 
 
 def table_as_csv(rows: Sequence[Row]) -> str:

@@ -15,9 +15,9 @@ from metapool.base.images import LabelledImages
 from metapool.base.store import Store
 from metapool.episodes import Episodes, sample_episodes
 from metapool.evaluate import Interval, Scores, evaluate, mean_interval, paired_difference
-from metapool.interface.recipe import Recipe, load_recipe, open_pool, scored_images, validation_images
+from metapool.interface.recipe import Recipe, open_pool, scored_images, validation_images
 from metapool.interface.run import fit_key
-from metapool.interface.studies.study import Row, Study
+from metapool.interface.studies.study import Row, Study, tgr_recipe
 from metapool.learners import FewShotModel
 from metapool.methods.tgr import TGR
 from metapool.pool import ModelPool
@@ -108,14 +108,9 @@ class TrialStudy(Study):
 
         Returns:
             All three.
-
-        Raises:
-            MetapoolError: when the method is another than TGR.
         """
-        recipe = load_recipe(self.recipe)
-        if not isinstance(recipe.method, TGR):
-            raise MetapoolError(f"recipe {self.recipe}: a recipe of tgr was expected, not of {recipe.method.name}")
-        return recipe, recipe.method, open_pool(recipe.pool)
+        recipe, method = tgr_recipe(self.recipe)
+        return recipe, method, open_pool(recipe.pool)
 
     def exam(self, recipe: Recipe, pool: ModelPool, shapes: Iterable[Shape]) -> Exam:
         """Episodes of the recipe's data.
