@@ -308,6 +308,7 @@ def limit(result: Result) -> list[str]:
 SECTIONS: dict[str, tuple[str, str, Callable[[Result], list[str]], str]] = {
     "Units against goals": ("units.json", "units.py", units, ""),
     "The whole job": ("main/scores.json", "", job, ""),
+    "The whole job, earlier code on a processor with AMX": ("main-amx/scores.json", "", job, ""),
     "Recovery: quality against cost": ("recovery.json", "recovery.py", quality, "recovery.svg"),
     "Accuracy over time": ("accuracy_over_time.json", "accuracy_over_time.py", over_time, "accuracy-over-time.svg"),
     "Growth with the number of models": ("growth.json", "growth.py", growing, "growth.svg"),
@@ -341,22 +342,23 @@ def page(results: Path, figures: Path) -> str:
             lines.append(f"Not measured yet: there is no `{RESULTS / name}`, which `{command}` makes.")
             continue
         result = json.loads((results / name).read_text())
-        if name == "main/scores.json":
-            result = {**_run(results), **result}
+        if name.endswith("/scores.json"):
+            result = {**_run(results / name), **result}
         lines += [made_by(result, name), "", *say(result)]
         if drawn and (figures / drawn).is_file():
             lines += ["", f"![{title}]({drawn})"]
     return "\n".join(lines) + "\n"
 
 
-def _run(results: Path) -> dict[str, Any]:
-    """Command and machine of the main run, which stand beside its scores."""
-    about = results / "main" / "run.json"
+def _run(scores: Path) -> dict[str, Any]:
+    """Command and machine of a run, which stand beside its scores."""
+    about = scores.parent / "run.json"
     found = json.loads(about.read_text()).get("machine", {}) if about.is_file() else {}
-    known = {"cpu": found["cpu"], "cores": found.get("cores", "?")} if "cpu" in found else {}
-    # A run says which instructions the processor has, not its name.
-    named = {"cpu": "a processor", "capability": known["cpu"], "cores": known["cores"]} if known else {}
-    return {"command": "make run", "machine": {**named, **({"torch": found["torch"]} if "torch" in found else {})}}
+    known = {name: found[name] for name in ("cores", "torch") if name in found}
+    if "cpu" in found:
+        # Runs of earlier versions say which instructions the processor has, and not its name.
+        known |= {"cpu": found.get("processor", "a processor"), "capability": found["cpu"]}
+    return {"command": "make run", "machine": known}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -43,6 +43,7 @@ from metapool.embed import ProbeSettings, fisher_diagonal, probe_loss
 from metapool.episodes import Episodes, draw_classes, sample_episodes
 from metapool.evaluate import evaluate
 from metapool.gradients import implicit_step
+from metapool.interface.machine import processor
 from metapool.learners import MAML, AnyLearner, ProtoNet
 from metapool.meta_model import MetaModel
 from metapool.methods.tgr import TGR
@@ -767,12 +768,8 @@ def machine(threads: int) -> dict[str, Any]:
     Returns:
         Processor, cores, versions, and the product's choices that hang on them.
     """
-    model = "unknown"
-    if (about := Path("/proc/cpuinfo")).is_file():
-        names = [line for line in about.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
     return {
-        "cpu": model,
+        "cpu": processor(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "half_precision": _casts(),
         "cores": len(os.sched_getaffinity(0)),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import toys
+from check_results import rows_of_study
 
 from metapool.interface.cli import main
 from metapool.interface.recipe import Recipe, recipe_text
@@ -34,6 +35,13 @@ def figures(root: Path, name: str) -> dict[str, str]:
 def made(root: Path) -> dict[str, int]:
     """When each artifact was made: the same before and after a call that reuses all of them."""
     return {str(path): path.stat().st_mtime_ns for path in (root / "store").rglob("made.json")}
+
+
+def check_sample(result: Path, store: Path) -> None:
+    """What ``make results-check`` asks of a committed study: the rows of its sample are in the table, and as there."""
+    found = list(rows_of_study(result, store))
+    assert found
+    assert [what for what, before, now, apart in found if not abs(before - now) <= apart] == []
 
 
 def renamed(pool: ModelPool, folder: Path, name: str) -> Path:

@@ -190,7 +190,7 @@ def test_run_json_tells_what_ran_on_what(home: Path, world: Path) -> None:
     assert (about["seed"], about["version"]) == (0, __import__("metapool").__version__)
     assert Recipe.model_validate(about["recipe"]) == tiny(world, home)
     assert about["command"] == f"metapool run {home}/runs/tiny/recipe.yaml"
-    assert {"cpu", "cores", "torch", "platform"} <= set(about["machine"])
+    assert {"processor", "cpu", "cores", "torch", "platform"} == set(about["machine"])
     models = about["pool"]["models"]
     assert [model["id"] for model in models] == open_pool(str(world / "pool")).ids
     assert all(len(model["classes"]) == 3 and model["licence"] == "CC0-1.0" for model in models)

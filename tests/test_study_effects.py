@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+import studied
 from toys import study_recipe
 
 from metapool.base.errors import MetapoolError
@@ -55,6 +56,7 @@ def test_a_whole_study(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     main(["study", "effects", *given, *lists, *places])
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("made.json")} == made
     assert (folder / "effects.json").read_bytes() == first
+    studied.check_sample(folder / "effects.json", tmp_path / "store")
 
 
 def test_mistakes_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Dissimilarity against shared classes, figure 4 of TGR, on planted class sets."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pydantic
 import pytest
 import studied
 import torch
+from check_results import rows_of_study
 
 from metapool.base.store import Store
 from metapool.interface.studies.fisher import FisherStudy, planted_sets, weight_distances
@@ -100,6 +102,7 @@ def test_every_pair_of_every_pool_has_a_row(result: dict[str, Any], root: Path) 
 def test_the_second_call_makes_nothing(result: dict[str, Any], root: Path, flags: list[object]) -> None:
     before = studied.made(root)
     assert studied.study(root, "fisher", *flags) == result
+    studied.check_sample(root / "runs" / "study-fisher" / "fisher.json", root / "store")
     assert studied.made(root) == before
 
 
@@ -133,3 +136,13 @@ def test_mistakes_are_one_line(root: Path, capsys: pytest.CaptureFixture[str]) -
         error = capsys.readouterr().err
         assert wrong in error
         assert len(error.strip().splitlines()) == 1
+
+
+def test_a_wrong_number_is_seen(result: dict[str, Any], root: Path) -> None:
+    for row in result["rows"]:
+        row["dissimilarity"] += 0.1
+    wrong = root / "wrong.json"
+    wrong.write_text(json.dumps(result))
+    found = {what: abs(before - now) <= apart for what, before, now, apart in rows_of_study(wrong, root / "store")}
+    assert [what for what, same in found.items() if not same] == [what for what in found if "dissimilarity" in what]
+    assert not all(found.values())

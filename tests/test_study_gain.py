@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import studied
 import torch
 from scipy import stats
 from toys import NEW_KINDS, POOL_KINDS, stripes, write_images
@@ -59,6 +60,7 @@ def test_a_whole_study(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     main(flags(data, tmp_path))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("made.json")} == made
     assert (folder / "gain.json").read_bytes() == first
+    studied.check_sample(folder / "gain.json", tmp_path / "store")
 
 
 def test_class_sets_have_the_overlap_that_they_say() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import studied
 import torch
 import torch.nn.functional as F
 import toys
@@ -170,6 +171,7 @@ def test_on_a_toy_pool(pool: Path, small_recipe: None, tmp_path: Path, capsys: O
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("made.json")} == built
     again = json.loads((tmp_path / "again" / "study-gradients" / "gradients.json").read_text())
     assert (again["rows"], again["summary"], again["answer"]) == (found["rows"], found["summary"], found["answer"])
+    studied.check_sample(folder / "gradients.json", tmp_path / "store")
 
 
 def test_wrong_settings_name_the_field(pool: Path, tmp_path: Path, capsys: Output) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import studied
 import torch
 from scipy import stats
 from toys import study_recipe
@@ -60,6 +61,7 @@ def test_a_whole_study(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     main(flags(recipe, tmp_path))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("made.json")} == made
     assert (folder / "matters.json").read_bytes() == first
+    studied.check_sample(folder / "matters.json", tmp_path / "store")
 
 
 def test_mistakes_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

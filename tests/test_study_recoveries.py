@@ -114,6 +114,7 @@ def test_the_second_call_makes_nothing(root: Path, flags: list[object], result: 
     assert studied.made(root) == before
     without = studied.study(root, "recoveries", *flags, "--data", "None")
     assert "real images" not in without["summary"]["sheets"]
+    studied.check_sample(root / "runs" / "study-recoveries" / "recoveries.json", root / "store")
     assert studied.made(root) == before
 
 

@@ -2,12 +2,13 @@
 
     python tools/check_results.py
 
-Rows that take seconds are chosen, and that no training stands behind: the ensemble of all models and the oracle for
-tables of methods; of the studies, those that need no pool. On the machine type of a result they come out to the last
-digit; other processors round otherwise, so a tenth of a point, and a hundredth of a study's number, is let pass.
+For tables of methods these are rows that no training stands behind: the ensemble of all models and the oracle. Of a
+study it is a part that ``Study.sample`` cuts off. On the machine type of a result they come out to the last digit;
+other processors round otherwise, so a tenth of a point, and a hundredth of a study's number, is let pass.
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from metapool.base.store import Store
 from metapool.evaluate import evaluate
-from metapool.interface.recipe import Recipe
+from metapool.interface.recipe import Recipe, load_recipe, workers
 from metapool.interface.run import Job, prepare
 from metapool.interface.studies import STUDIES
 from metapool.methods import load_model
@@ -23,7 +24,6 @@ from metapool.methods import load_model
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 POINTS = 0.1
-NO_POOL = ("theorems",)
 Found = tuple[str, float, float, float]
 """What a number is, as it is committed, as it comes out now, and how far these may lie apart."""
 
@@ -65,24 +65,26 @@ def rows_of_methods(name: str, recipe: dict[str, Any], table: dict[str, Any], st
             yield f"{name}: {row}, {shot}-shot", table[row]["shots"][shot]["mean"], now, POINTS
 
 
-def rows_of_study(name: str, store: Path) -> Iterator[Found]:
-    """Makes a study anew with its committed settings.
+def rows_of_study(path: Path, store: Path) -> Iterator[Found]:
+    """Makes a small part of a study anew, with its committed settings.
 
     Args:
-        name: of the study.
+        path: of the study's committed JSON.
         store: of what is recomputed.
 
     Yields:
-        The number of rows, and all numbers of the table's first, middle and last row.
+        All numbers of the first, the middle and the last row of that part, but times.
     """
-    committed = json.loads((RESULTS / "studies" / f"{name}.json").read_text())
-    now = STUDIES[name].model_validate(committed["settings"]).measure(Store(store)).rows
-    yield f"{name}: rows", len(committed["rows"]), len(now), 0
+    committed = json.loads(path.read_text())
+    study = STUDIES[committed["study"]].model_validate(committed["settings"])
+    rows = {tuple(row[column] for column in study.named): row for row in committed["rows"]}
+    now = study.sample().measure(Store(store, jobs=workers())).rows
     for index in sorted({0, len(now) // 2, len(now) - 1}):
+        name = tuple(now[index][column] for column in study.named)
         for column, value in now[index].items():
-            if isinstance(value, float):
-                before = committed["rows"][index][column]
-                yield f"{name}: row {index}, {column}", before, value, 0.01 * abs(before)
+            if isinstance(value, float) and column not in {*study.named, "seconds"}:
+                before = rows.get(name, {}).get(column, math.nan)
+                yield f"{path.stem}: {', '.join(map(str, name))}, {column}", before, value, 0.01 * abs(before)
 
 
 def found(store: Path) -> Iterator[Found]:
@@ -101,8 +103,15 @@ def found(store: Path) -> Iterator[Found]:
         if (path := RESULTS / f"{name}.json").is_file():
             result = json.loads(path.read_text())
             yield from rows_of_methods(name, result["recipe"], result["methods"], store)
-    for name in NO_POOL:
-        yield from rows_of_study(name, store)
+    for path in sorted((RESULTS / "scenarios").glob("*.json")):
+        recipe = load_recipe(path.stem.replace("-", "/"))
+        if Path(recipe.pool).is_dir():
+            rows = json.loads(path.read_text())["methods"]
+            yield from rows_of_methods(path.stem, recipe.model_dump(mode="json"), rows, store)
+        else:
+            print(f"skipped {path.stem}: there is no {recipe.pool}; docs/scenarios.md says how to make it", flush=True)
+    for path in sorted((RESULTS / "studies").glob("*.json")):
+        yield from rows_of_study(path, store)
 
 
 def main() -> None:

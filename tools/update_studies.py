@@ -50,7 +50,8 @@ def section(name: str, result: dict[str, Any]) -> str:
     Returns:
         Markdown.
     """
-    machine = f"{result['machine']['cpu']}, torch {result['machine']['torch']}"
+    about = result["machine"]
+    machine = f"{about.get('processor', about['cpu'])}, torch {about['torch']}"
     shown = [f"![{result['title']}](studies/{file})" for file in figures(name)]
     made = f"Made by `{result['command']}` on {machine}; all settings and {len(result['rows'])} rows are in"
     files = f"`benchmarks/results/studies/{name}.json` and `.csv`."

@@ -1,8 +1,6 @@
 """The files of a run folder, each written whole: to a temporary name first."""
 
 import json
-import os
-import platform
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from metapool.base.store import Store, digest_of, digest_of_file
 from metapool.embed import dissimilarity, embed_bank
 from metapool.episodes import Episodes
 from metapool.evaluate import Scores, paired_difference
+from metapool.interface.machine import this_machine
 from metapool.interface.recipe import Recipe, recipe_text
 from metapool.methods import AnyMethod, recovery_of
 from metapool.methods.tgr import TGR
@@ -147,12 +146,7 @@ def run_file(recipe: Recipe, pool: ModelPool, started: str, main: str) -> dict[s
         "seed": recipe.seed,
         "quick": recipe.quick,
         "recipe": recipe.model_dump(mode="json"),
-        "machine": {
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "torch": torch.__version__,
-            "platform": platform.platform(),
-        },
+        "machine": this_machine(),
         "started": started,
         "pool": {"name": pool.manifest.name, "models": models},
         "headline": main,

@@ -17,6 +17,7 @@ class CKAStudy(PoolsStudy):
 
     title: ClassVar[str] = "Do models of one architecture or domain see images alike?"
     source: ClassVar[str] = "TGR, figure 1"
+    named: ClassVar[tuple[str, ...]] = ("first", "second")
 
     images: int = pydantic.Field(default=1200, ge=4)
     """Images that all models look at, about; the same number recovered from each."""

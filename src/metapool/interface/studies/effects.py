@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import pydantic
 import torch
@@ -53,6 +53,7 @@ class EffectsStudy(TrialStudy):
 
     title: ClassVar[str] = "What does each quantity do: models, groups, teachers, α, images, names, classes, way, shot?"
     source: ClassVar[str] = "TGR, its ablations and settings"
+    named: ClassVar[tuple[str, ...]] = ("factor", "value", "way", "shot")
 
     factors: tuple[Factor, ...] = pydantic.Field(default=FACTORS, min_length=1)
     """Which factors."""
@@ -83,6 +84,15 @@ class EffectsStudy(TrialStudy):
     """Classes of an episode of evaluation."""
     shot: Counts = (1, 5, 10)
     """Support images of an episode of evaluation."""
+
+    def sample(self) -> Self:
+        """One factor; which one does not need a pool or a bank of its own, where there is one.
+
+        Returns:
+            The study, cut down.
+        """
+        cheap: tuple[Factor, ...] = ("shot",) if "shot" in self.factors else self.factors[:1]
+        return self.model_copy(update={"factors": cheap})
 
     def measure(self, store: Store) -> Findings:
         """Trains and scores all values with all seeds.

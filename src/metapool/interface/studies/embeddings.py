@@ -24,6 +24,7 @@ class EmbeddingsStudy(PoolsStudy):
 
     title: ClassVar[str] = "What do task embeddings tell apart: domains, architectures, groups?"
     source: ClassVar[str] = "TGR, section 4.1"
+    named: ClassVar[tuple[str, ...]] = ("model",)
 
     projection: Literal["pca", "t-sne"] = "pca"
     """How embeddings come into the plane; the silhouettes do not depend on it."""

@@ -42,6 +42,7 @@ class FisherStudy(Study):
 
     title: ClassVar[str] = "Does the dissimilarity of task embeddings fall with shared classes?"
     source: ClassVar[str] = "TGR, figure 4"
+    named: ClassVar[tuple[str, ...]] = ("pool", "first", "second")
 
     pools: tuple[str, ...] = ("icons-30",)
     """Shipped pools' names or folders, each measured by itself; none: the planted pool alone."""
@@ -71,6 +72,14 @@ class FisherStudy(Study):
         if self.overlaps and max(self.overlaps) > self.way:
             raise ValueError(f"overlaps: models of {self.way} classes share {self.way} at most, not {self.overlaps}")
         return self
+
+    def sample(self) -> Self:
+        """The pools alone: no planted one has to be trained.
+
+        Returns:
+            The study, cut down.
+        """
+        return self.model_copy(update={"overlaps": ()}) if self.pools else self
 
     def measure(self, store: Store) -> Findings:
         """All measures of all pairs, and their rank correlations with the number of shared classes.

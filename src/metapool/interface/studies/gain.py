@@ -9,7 +9,7 @@ which leaves one class set without overlap; here the classes that are not shared
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pydantic
@@ -54,6 +54,7 @@ class GainStudy(Study):
 
     title: ClassVar[str] = "What does a second model add, by how unlike the first one it is?"
     source: ClassVar[str] = "TGR, definition 3.1 and figure 2"
+    named: ClassVar[tuple[str, ...]] = ("model",)
 
     data: str = "icons"
     """Real images: a shipped domain, or a folder with ``train``, ``val`` and ``test`` (read as 32×32, grey)."""
@@ -95,6 +96,14 @@ class GainStudy(Study):
         if self.architectures_overlap > self.way:
             raise ValueError(f"architectures_overlap is at most way, {self.way}, not {self.architectures_overlap}")
         return self
+
+    def sample(self) -> Self:
+        """Two auxiliary models of every overlap, and no other architectures.
+
+        Returns:
+            The study, cut down.
+        """
+        return self.model_copy(update={"sets": min(2, self.sets), "architectures": self.architectures[:1]})
 
     def measure(self, store: Store) -> Findings:
         """Trains the models, recovers their banks, trains a meta-model on each pair, and scores.

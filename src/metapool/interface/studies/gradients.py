@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import pydantic
@@ -47,6 +47,7 @@ class GradientsStudy(Study):
 
     title: ClassVar[str] = "Does gradient regularization align the models' gradients, and what does it cost?"
     source: ClassVar[str] = "TGR, figure 5"
+    named: ClassVar[tuple[str, ...]] = ("task_loss", "alpha", "seed")
 
     pool: str = "icons-30"
     """A shipped pool's name or a pool's folder."""
@@ -69,6 +70,14 @@ class GradientsStudy(Study):
         if len(set(alphas)) < len(alphas):
             raise ValueError("every displacement once")
         return alphas
+
+    def sample(self) -> Self:
+        """One displacement and two seeds.
+
+        Returns:
+            The study, cut down.
+        """
+        return self.model_copy(update={"alphas": self.alphas[:1], "seeds": 2})
 
     def measure(self, store: Store) -> Findings:
         """Trains, compares single steps, times them.

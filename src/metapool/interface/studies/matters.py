@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import pydantic
 
@@ -28,6 +28,10 @@ from metapool.interface.studies.trials import (
 from metapool.methods.tgr import TGR
 
 _NO_REPLAY, _REPLAY = "without replay", "with replay"
+
+
+Asked = Literal["images", "groups", "regularization", "task loss"]
+ASKED: tuple[Asked, ...] = get_args(Asked)
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,10 @@ class MattersStudy(TrialStudy):
 
     title: ClassVar[str] = "Do recovery, grouping and gradient regularization matter?"
     source: ClassVar[str] = "TGR, sections 3.1 to 3.3 and their ablations"
+    named: ClassVar[tuple[str, ...]] = ("question", "replay", "variant", "shot")
 
+    asked: tuple[Asked, ...] = pydantic.Field(default=ASKED, min_length=1)
+    """Which questions."""
     models: int = pydantic.Field(default=12, ge=2)
     """Models of the pool, from its start."""
     steps: int = pydantic.Field(default=40, ge=1)
@@ -96,11 +103,11 @@ class MattersStudy(TrialStudy):
         """What is asked.
 
         Returns:
-            The questions, in the order of the table.
+            Those that are asked, in the order of the table.
         """
         strengths = [f"α = {alpha:g}" for alpha in (0.0, *self.strengths)]
         alphas = zip(strengths, (0.0, *self.strengths))
-        return (
+        known = (
             # Noise has no class names to agree on, so no kind of images may use them.
             Question(
                 "images",
@@ -137,6 +144,16 @@ class MattersStudy(TrialStudy):
                 (_NO_REPLAY,),
             ),
         )
+        return tuple(question for question in known if question.name in self.asked)
+
+    def sample(self) -> Self:
+        """Gradient regularization alone, at the strength that is claimed to help.
+
+        Returns:
+            The study, cut down.
+        """
+        asked = ("regularization",) if "regularization" in self.asked else self.asked[:1]
+        return self.model_copy(update={"asked": asked, "strengths": self.strengths[:1]})
 
     def measure(self, store: Store) -> Findings:
         """Trains and scores all variants with all seeds.
@@ -158,7 +175,8 @@ class MattersStudy(TrialStudy):
         shapes = [(recipe.evaluation.way, shot) for shot in recipe.evaluation.shots]
         exam = self.exam(recipe, pool, shapes)
         real = meta_train_images(recipe.evaluation, input)
-        banks = {kind: bank_of(kind, pool, method.recovery, real, store) for kind in KINDS}
+        kinds = {variant.inputs for question in self.questions() for variant in question.variants} - {None}
+        banks = {kind: bank_of(kind, pool, method.recovery, real, store) for kind in KINDS if kind in kinds}
         trials: dict[str, Trial] = {}
         for question in self.questions():
             for replay, variant in question.pairs():

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import pydantic
@@ -38,7 +38,13 @@ Way = GeneratorRecovery | PixelRecovery | ZeroOrderRecovery | FREE
 """Settings of a way to recover; of FREE, the visit of its meta-generator."""
 
 
-def ways(recipe: GeneratorRecovery | PixelRecovery) -> dict[str, Way]:
+Recovery = Literal[
+    "paper's generator", "recipe's generator", "pixels", "meta-generator", "answers alone", "untrained generator"
+]
+RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
+
+
+def ways(recipe: GeneratorRecovery | PixelRecovery) -> dict[Recovery, Way]:
     """Every recovery there is.
 
     Args:
@@ -67,14 +73,14 @@ class Material:
         ways: recoveries by name.
         images: of every class.
         seed: of everything random.
-        meta: folder of the meta-generator's weights.
+        meta: folder of the meta-generator's weights, where one of the ways needs it.
     """
 
     pool: ModelPool
     ways: Mapping[str, Way]
     images: int
     seed: int
-    meta: Path
+    meta: Path | None
 
 
 class RecoveriesStudy(Study):
@@ -82,11 +88,14 @@ class RecoveriesStudy(Study):
 
     title: ClassVar[str] = "What do the recoveries make of the same models?"
     source: ClassVar[str] = "TGR, section 3.1; FREE; DeepInversion; BiDf-MKD"
+    named: ClassVar[tuple[str, ...]] = ("recovery", "model")
 
     pool: str = "icons-30"
     """A shipped pool's name or a folder."""
     recipe: str = "main"
     """Recipe whose recovery is one of the rows."""
+    recoveries: tuple[Recovery, ...] = pydantic.Field(default=RECOVERIES, min_length=1)
+    """Which recoveries."""
     models: int = pydantic.Field(default=3, ge=1)
     """Models, from the pool's start, that the numbers are averaged over; the sheet shows the first."""
     label: str | None = None
@@ -97,6 +106,15 @@ class RecoveriesStudy(Study):
     """Where real images of the models' classes come from, for the last row; None leaves it out."""
     seed: int = 0
     """Of everything random."""
+
+    def sample(self) -> Self:
+        """The cheapest recoveries of the first model.
+
+        Returns:
+            The study, cut down.
+        """
+        cheap = tuple(name for name in self.recoveries if name in ("recipe's generator", "untrained generator"))
+        return self.model_copy(update={"models": 1, "recoveries": cheap or self.recoveries[:1]})
 
     def measure(self, store: Store) -> Findings:
         """Recovers the models in every way and looks at as many images of each class.
@@ -116,7 +134,9 @@ class RecoveriesStudy(Study):
         label = first.classes[0] if self.label is None else self.label
         if label not in first.classes:
             raise MetapoolError(f"label: model {first.id!r} knows {', '.join(first.classes)}, not {label!r}")
-        tasks = recover_all(pool, chosen.ids, ways(tgr_recipe(self.recipe)[1].recovery), self.images, self.seed, store)
+        known = ways(tgr_recipe(self.recipe)[1].recovery)
+        wanted: dict[str, Way] = {name: way for name, way in known.items() if name in self.recoveries}
+        tasks = recover_all(pool, chosen.ids, wanted, self.images, self.seed, store)
         if self.data is not None:
             data = training_images(self.data, first.input.height, first.input.channels)
             for model in chosen:
@@ -182,18 +202,18 @@ def recover_all(
     Returns:
         Recovered tasks by recovery and model id; their records hold what :func:`judged` measures.
     """
-    free = next((way for way in ways.values() if isinstance(way, FREE)), FREE())
-    key: dict[str, Any] = {"method": free.model_dump(mode="json"), "pool": pool.digest(), "seed": seed}
-    meta = store.artifact(
-        "study-meta-generator", {**key, "version": MADE_BY}, partial(_write_meta_generator, pool, free, seed)
-    )
+    meta: Path | None = None
+    for free in (way for way in ways.values() if isinstance(way, FREE)):
+        key: dict[str, Any] = {"method": free.model_dump(mode="json"), "pool": pool.digest(), "seed": seed}
+        build = partial(_write_meta_generator, pool, free, seed)
+        meta = store.artifact("study-meta-generator", {**key, "version": MADE_BY}, build)
     units: dict[str, dict[str, Any]] = {}
     for name, way in ways.items():
         for id in ids:
             units[f"{name}/{id}"] = {
                 "way": [type(way).__name__, way.model_dump(mode="json")],
                 "model": pool.model_digest(id), "id": id, "images": images, "seed": seed, "version": MADE_BY,
-                "meta": meta.name if isinstance(way, FREE) else None,
+                "meta": meta.name if meta is not None and isinstance(way, FREE) else None,
             }  # fmt: skip
     folders = store.units("study-recoveries", units, partial(_unit, Material(pool, ways, images, seed, meta)))
     return {(unit.split("/")[0], unit.split("/")[1]): RecoveredTask.load(folder) for unit, folder in folders.items()}
@@ -281,6 +301,7 @@ def _recovered(
         task = way.model_copy(update={"per_class": max(way.per_class, count)}).recover(model, generator)
         return task.images, task.labels
     if isinstance(way, FREE):
+        assert material.meta is not None
         few = way.model_copy(update={"visit": way.visit.model_copy(update={"per_class": count})})
         prefix = f"{model.input.shape}."
         stored = load_file(material.meta / "phi.safetensors")

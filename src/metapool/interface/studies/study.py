@@ -2,19 +2,17 @@
 
 import csv
 import io
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
-
-import torch
+from typing import Any, ClassVar, Self
 
 import metapool
 from metapool.base.errors import MetapoolError
 from metapool.base.store import Settings, Store
 from metapool.interface.figures import standalone
+from metapool.interface.machine import this_machine
 from metapool.interface.recipe import Recipe, load_recipe
 from metapool.interface.run.files import replace_text, write_json
 from metapool.methods.tgr import TGR
@@ -44,6 +42,16 @@ class Study(Settings):
     """What is asked, in half a line."""
     source: ClassVar[str]
     """The figure or theorem of a paper that it is about."""
+    named: ClassVar[tuple[str, ...]]
+    """The columns that tell a row from all others."""
+
+    def sample(self) -> Self:
+        """The same study cut down, to check a result at little cost: every row of it is a row of the whole study too.
+
+        Returns:
+            A study of the same kind; the study itself where there is nothing to cut.
+        """
+        return self
 
     def measure(self, store: Store) -> Findings:
         """Answers. The costly parts are artifacts of the store, so that a killed study goes on where it was.
@@ -114,11 +122,7 @@ def write_study(name: str, study: Study, store: Store, out: Path) -> Path:
             "source": study.source,
             "command": " ".join([f"metapool study {name}", *flags]),
             "version": metapool.__version__,
-            "machine": {
-                "cpu": torch.backends.cpu.get_cpu_capability(),
-                "torch": torch.__version__,
-                "platform": platform.machine(),
-            },
+            "machine": this_machine(),
             "settings": study.model_dump(mode="json"),
             "answer": findings.answer,
             "summary": dict(findings.summary),

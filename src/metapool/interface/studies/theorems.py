@@ -34,6 +34,7 @@ class TheoremsStudy(Study):
 
     title: ClassVar[str] = "Do the two theorems hold in numbers, and where not?"
     source: ClassVar[str] = "TGR, theorems 3.2 and 4.1"
+    named: ClassVar[tuple[str, ...]] = ("theorem", "case", "variable", "at", "quantity")
 
     seeds: int = pydantic.Field(default=60, ge=2)
     """Random problems of each kind for theorem 4.1."""
