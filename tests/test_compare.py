@@ -97,6 +97,18 @@ def test_the_table_says_what_it_shows(result: dict[str, Any]) -> None:
     assert "transductive" not in text
 
 
+def test_variants_stand_beside_their_method(recipe: Recipe) -> None:
+    varied = recipe.model_dump() | {"name": "varied", "variants": {"narrow": {"name": "untrained", "width": 4}}}
+    found = json.loads(compare(Recipe.model_validate(varied), ["narrow", "untrained"], 1).read_text())
+    (gap,) = [pair for pair in found["paired"] if (pair["a"], pair["shot"]) == ("narrow", 1)]
+    means = {name: row["shots"]["1"]["mean"] for name, row in found["methods"].items()}
+    assert gap["b"] == "untrained"
+    assert gap["mean"] == pytest.approx(means["narrow"] - means["untrained"], abs=2e-3)
+    assert f"| narrow | untrained | {gap['mean']:+.1f} ({gap['low']:+.1f} to {gap['high']:+.1f}) |" in table_of(found)
+    without = json.loads(compare(Recipe.model_validate(varied), ["narrow"], 1).read_text())
+    assert "against its method" not in table_of(without)
+
+
 def test_on_the_command_line(recipe: Recipe, tmp_path: Path, capsys: Output) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_text(recipe))

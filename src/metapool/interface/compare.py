@@ -58,11 +58,13 @@ def compare(recipe: Recipe, names: Sequence[str], seeds: int, progress: Progress
         }
         for name, every in lines.items()
     }
+    kinds = {name: job.methods[name].name for name in lines if name not in job.references}
+    pairs: list[tuple[str, str]] = [(main, name) for name in lines if name != main]
+    pairs += [(name, kind) for name, kind in kinds.items() if kind not in (name, main) and kind in lines]
     paired = [
-        {"a": main, "b": name, "shot": shot, **_rounded(paired_difference(scores[main][shot], scores[name][shot]))}
-        for name in lines
+        {"a": a, "b": b, "shot": shot, **_rounded(paired_difference(scores[a][shot], scores[b][shot]))}
+        for a, b in pairs
         for shot in job.episodes
-        if name != main
     ]
     about, named = run_file(recipe, job.pool, "", main), "" if recipe.name == "compare" else f"{recipe.name} "
     result = {
@@ -129,8 +131,25 @@ def table_of(result: dict[str, Any]) -> str:
     )
     if domains:
         said = f"Means over {len(domains)} domains, each with as many episodes. " + said
-        return "\n".join([*rows, "", said, "", "Each domain alone:", "", *alone, ""])
-    return "\n".join([*rows, "", said, ""])
+        return "\n".join([*rows, "", said, "", "Each domain alone:", "", *alone, "", *_variants(result)])
+    return "\n".join([*rows, "", said, "", *_variants(result)])
+
+
+def _variants(result: dict[str, Any]) -> list[str]:
+    """Variants beside the method that they are of, where both were compared."""
+    main = result["recipe"]["method"]["name"]
+    gaps: dict[tuple[str, str], dict[int, str]] = {}
+    for pair in result["paired"]:
+        if pair["a"] != main:
+            said = f"{pair['mean']:+.1f} ({pair['low']:+.1f} to {pair['high']:+.1f})"
+            gaps.setdefault((pair["a"], pair["b"]), {})[pair["shot"]] = said
+    if not gaps:
+        return []
+    shots = list(next(iter(gaps.values())))
+    rows = ["| " + " | ".join(["variant", "against", *(f"{shot}-shot" for shot in shots)]) + " |"]
+    rows.append("|" + "---|" * (2 + len(shots)))
+    rows += [f"| {a} | {b} | {' | '.join(found.values())} |" for (a, b), found in gaps.items()]
+    return ["Each variant against its method, points of accuracy (95 % interval over episodes):", "", *rows, ""]
 
 
 def _cell(score: dict[str, Any], several: bool) -> str:
