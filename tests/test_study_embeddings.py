@@ -115,7 +115,9 @@ def test_every_model_has_a_row(result: dict[str, Any], root: Path) -> None:
     assert result["summary"]["silhouettes"]["domain"]["p"] > 0.05, "the two domains are the same models"
     assert "tell apart neither" in result["answer"] or "tell apart architecture" in result["answer"]
     svg = studied.figures(root, "embeddings")["embeddings.svg"]
-    assert all(text in svg for text in ("by domain", "by architecture", "by group", "component 1 ("))
+    assert all(text in svg for text in ("by domain", "by architecture", "component 1 ("))
+    assert {row["group"] for row in result["rows"]} == {"group 1"}
+    assert "by group" not in svg, "a colour that all have says nothing"
 
 
 def test_the_second_call_makes_nothing_and_t_sne_needs_nothing_new(

@@ -72,7 +72,7 @@ class EmbeddingsStudy(PoolsStudy):
         return Findings(rows, _answer(found, len(bank)), summary)
 
     def draw(self, findings: Findings) -> dict[str, str]:
-        """The plane three times, coloured by each trait.
+        """The plane once for each trait in which the models differ, coloured by it.
 
         Args:
             findings: what :meth:`measure` gave.
@@ -81,7 +81,8 @@ class EmbeddingsStudy(PoolsStudy):
             One SVG.
         """
         plane = np.array([[float(row["x"] or 0), float(row["y"] or 0)] for row in findings.rows])
-        labels = {trait: [str(row[trait]) for row in findings.rows] for trait in COLOURINGS}
+        known = {trait: [str(row[trait]) for row in findings.rows] for trait in COLOURINGS}
+        labels = {trait: names for trait, names in known.items() if len(set(names)) > 1} or known
         explained = findings.summary["explained_percent"]
         axes = (
             ("t-SNE 1", "t-SNE 2")
