@@ -26,7 +26,7 @@ log-probabilities, not of probabilities; adversarial gradients pass through the 
 know nothing of what it says next to x; SGD in BELL (the expansion does not hold for Adam), d divided by n η, not times
 67; no flips (an arrow has a direction); batch norm inductive; the best step chosen on validation classes. And for
 hundreds of steps on a CPU: a set number of replay updates, fewer images, a visit's rate 1e-2 that falls (1e-3 that does
-not), λ_bn = 0.03 (there 0; 1 drowns the labels in a few steps).
+not). λ_bn = 0 is as there: in a few steps batch norm's part drowns the labels.
 
 Cost of a step: n (k + 1) passes forth and back of generator, model and, after the warm-up, meta-model over all images
 of a visit; n of the meta-model over them; the replay. Two models at most are in memory.
@@ -106,7 +106,7 @@ class FREE(MetaTraining):
     """Which method this is."""
     teachers: int = pydantic.Field(default=4, ge=1)
     """Models of one step, n."""
-    visit: GeneratorRecovery = GeneratorRecovery(per_class=6, steps=5, width=16, weights=LossWeights(batch_norm=0.03))
+    visit: GeneratorRecovery = GeneratorRecovery(per_class=6, steps=5, width=16, weights=LossWeights(batch_norm=0.0))
     """FIVE on one model. It begins at φ, so there is nothing for ``warm_steps`` and ``seed`` to do."""
     adversarial: float = pydantic.Field(default=1.0, ge=0)
     """Weight of the adversarial loss, λ_adv."""
