@@ -29,7 +29,7 @@ test: lint  ## lint, types, tests
 bench: env  ## time each unit against its plain reference -> benchmarks/results/units.json (about three minutes)
 	$(BIN)/python benchmarks/units.py
 
-results-check: env  ## recompute a row of every committed table and compare (about ten minutes)
+results-check: env  ## recompute a row of every committed table and compare (about a quarter of an hour)
 	$(BIN)/python tools/check_results.py
 
 pool: env  ## rebuild the shipped pool (maintainers; about seven minutes on 2 cores)

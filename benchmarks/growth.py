@@ -315,6 +315,11 @@ def powers(pools: list[dict[str, Any]]) -> dict[str, list[float]]:
     return found
 
 
+def short(value: float) -> str:
+    """Three digits, and all of a large number's."""
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 def table(result: dict[str, Any]) -> str:
     """The result as a Markdown table.
 
@@ -330,9 +335,9 @@ def table(result: dict[str, Any]) -> str:
         "|---" * (len(pools) + 2) + "|",
     ]
     for name, label in STAGES.items():
-        seconds = [f"{pool['stages'][name]['seconds']:.3g}" for pool in pools]
+        seconds = [short(pool["stages"][name]["seconds"]) for pool in pools]
         lines.append(f"| {label} | " + " | ".join(seconds) + f" | {', '.join(map(str, result['powers'][name]))} |")
-    lines.append("| all | " + " | ".join(f"{pool['seconds']:.3g}" for pool in pools) + " | |")
+    lines.append("| all | " + " | ".join(short(pool["seconds"]) for pool in pools) + " | |")
     for key, label in (("resident_mb", "peak memory, MB"), ("own_mb", "of that not of files, MB")):
         lines.append(f"| {label} | " + " | ".join(f"{pool['peak'][key]:.0f}" for pool in pools) + " | |")
     return "\n".join(lines) + "\n"

@@ -68,11 +68,6 @@ def by(factor: float) -> str:
     return f"{factor:.2g}×" if factor >= 1.1 else f"{max(factor, 1.001):.3f}×"
 
 
-def short(value: float) -> str:
-    """Three digits, and all of a large number's."""
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-
-
 def made_by(result: Result, name: str) -> str:
     """Which command made the numbers, on what.
 
@@ -119,7 +114,7 @@ def units(result: Result) -> list[str]:
         label, goal = UNITS.get(name, name), row.get("goal")
         low, high = row["ratio_quartiles"]
         verdict = missed(row["ratio"], goal) if goal else ""
-        cells = [label, short(row["reference_ms"]), short(row["product_ms"])]
+        cells = [label, growth.short(row["reference_ms"]), growth.short(row["product_ms"])]
         cells += [f"{row['ratio']:.2f}× ({low:.2f}–{high:.2f})", f"{goal:g}×" if goal else "", verdict]
         lines.append("| " + " | ".join(cells) + " |")
         judged += bool(goal)

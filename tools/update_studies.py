@@ -9,6 +9,7 @@ Each folder is what ``metapool study NAME`` wrote: table and JSON go to ``benchm
 import json
 import shutil
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def section(name: str, result: dict[str, Any]) -> str:
     )
 
 
+@cache
 def figures(name: str) -> dict[str, str]:
     """Figures of a study, drawn from its committed result.
 

@@ -86,7 +86,7 @@ class EffectsStudy(TrialStudy):
     """Support images of an episode of evaluation."""
 
     def sample(self) -> Self:
-        """One factor; which one does not need a pool or a bank of its own, where there is one.
+        """One factor: if it is there, one that needs no pool and no bank of its own.
 
         Returns:
             The study, cut down.

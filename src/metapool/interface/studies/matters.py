@@ -29,7 +29,6 @@ from metapool.methods.tgr import TGR
 
 _NO_REPLAY, _REPLAY = "without replay", "with replay"
 
-
 Asked = Literal["images", "groups", "regularization", "task loss"]
 ASKED: tuple[Asked, ...] = get_args(Asked)
 
@@ -62,7 +61,7 @@ class Question:
         replay: whether stage 5 takes part.
     """
 
-    name: str
+    name: Asked
     asked: str
     variants: tuple[Variant, ...]
     claimed: str
@@ -241,7 +240,7 @@ class MattersStudy(TrialStudy):
             )
             for row in findings.rows
         ]
-        references = {question.name: question.claimed for question in self.questions()}
+        references: dict[str, str] = {question.name: question.claimed for question in self.questions()}
         return {"": differences(found, references, "points of accuracy, with 95 % intervals over seeds")}
 
 
