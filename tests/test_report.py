@@ -13,7 +13,7 @@ from metapool.base.errors import MetapoolError
 from metapool.interface import figures, report
 from metapool.interface.figures.labels import place_labels
 from metapool.interface.report import wording, write_report
-from metapool.interface.report.files import Scores
+from metapool.interface.report.files import PoolModel, Scores
 
 HOSTILE = '<img src=x onerror="alert(1)">$_{'
 IDS = [f"{kind}-{i}" for kind in ("conv4", "resnet10") for i in range(3)]
@@ -277,3 +277,16 @@ def test_a_run_learns_at_its_start_that_the_report_lacks_a_package(
     monkeypatch.setattr(report, "find_spec", lambda name: None if name == module else object())
     with pytest.raises(MetapoolError, match=f"needs {module}: pip install 'metapool"):
         report.check_installed()
+
+
+def test_images_are_shown_of_each_architecture_and_from_all_over_the_pool() -> None:
+    names = [(domain, place) for domain in ("icons", "emoji", "logos") for place in range(12)]
+    models = [
+        PoolModel(id=f"{domain}-{place}", architecture=("conv4", "resnet10", "resnet18")[place % 3], classes=["a"])
+        for domain, place in names
+    ]
+    shown = [model for model in models if model.id in report._spread(models)]
+    assert sorted(model.architecture for model in shown) == sorted(["conv4", "resnet10", "resnet18"] * 2)
+    assert sorted(model.id.partition("-")[0] for model in shown) == sorted(["icons", "emoji", "logos"] * 2)
+    assert report._spread(models[:2]) == {"icons-0", "icons-1"}, "a single model of an architecture is shown"
+    assert report._spread([]) == set()

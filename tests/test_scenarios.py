@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import check_results
 import numpy as np
 import pytest
 import torch
@@ -247,22 +248,42 @@ def test_a_comparison_shows_each_domain_too(ran: Path, world: Path) -> None:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_page_of_scenarios_is_filled_from_scores(ran: Path, tmp_path: Path) -> None:
-    tool = runpy.run_path(str(ROOT / "tools" / "update_scenarios.py"))
+def test_the_page_of_results_says_what_runs_wrote(ran: Path, tmp_path: Path) -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "update_results.py"))
+    tool["take"](ran, tmp_path)
     scores = json.loads((ran / "scores.json").read_text())
-    lines = tool["table"]({"multi_domain": scores}).splitlines()
+    page = tool["page"](tmp_path)
+    own, *domains = (line for line in page.splitlines() if line.startswith("| **tgr** |"))
     row = scores["methods"]["tgr"]["shots"]["1"]
-    (mean,) = (line for line in lines if line.startswith("| multi_domain | tgr |"))
-    assert f"{row['mean']:.1f} ± {row['ci95']:.1f}" in mean
-    assert sum(line.startswith("| multi_domain, ") for line in lines) == 2 * len(scores["methods"])
-    (tmp_path / "multi_domain.json").write_text(json.dumps(scores))
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- scenarios:begin -->\nold\n<!-- scenarios:end -->\nafter\n")
-    tool["update"](page, tmp_path)
-    assert mean in page.read_text()
-    assert "old" not in page.read_text()
-    assert page.read_text().startswith("before\n")
-    page.write_text("no markers")
-    with pytest.raises(SystemExit, match="scenarios:begin"):
-        tool["update"](page, tmp_path)
-    assert "<!-- scenarios:begin -->" in (ROOT / "docs" / "scenarios.md").read_text()
+    assert f"| {row['mean']:.1f} ± {row['ci95']:.1f} |" in own
+    assert len(domains) == 1, "a table of its own for domains"
+    (rival,) = (line for line in page.splitlines() if line.startswith("| untrained |") and " to " in line)
+    (gap,) = (gap for gap in scores["paired"] if {gap["a"], gap["b"]} == {"tgr", "untrained"} and gap["shot"] == 1)
+    sign = 1 if gap["a"] == "tgr" else -1
+    assert f"| {sign * gap['mean']:+.1f} (" in rival
+    turned = json.loads((ran / "scores.json").read_text())
+    for one in turned["paired"]:
+        one |= {"a": one["b"], "b": one["a"], "mean": -one["mean"], "low": -one["high"], "high": -one["low"]}
+    (place,) = (tmp_path / "scenarios").iterdir()
+    (place / "scores.json").write_text(json.dumps(turned))
+    assert tool["page"](tmp_path) == page, "whichever way round a difference was taken"
+    assert "Not run yet: `main`" in page
+    with pytest.raises(MetapoolError, match=r"run\.json is missing"):
+        tool["take"](tmp_path / "nowhere", tmp_path)
+
+
+def test_the_committed_page_of_results_is_that_of_the_committed_runs() -> None:
+    tool = runpy.run_path(str(ROOT / "tools" / "update_results.py"))
+    assert tool["page"](ROOT / "benchmarks" / "results") == (ROOT / "docs" / "results.md").read_text()
+
+
+def test_results_check_computes_equal_rows_once(tiny_pool: ModelPool, world: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(world).model_dump(mode="json")
+    table = {"ensemble": {"shots": {"1": {"mean": 12.5}, "3": {"mean": 12.5}}}}
+    first = list(check_results.rows_of_methods("first", recipe, table, tmp_path))
+    before = check_results.accuracies.cache_info().misses
+    again = list(check_results.rows_of_methods("second", {**recipe, "method": {"name": "tgr"}}, table, tmp_path))
+    assert check_results.accuracies.cache_info().misses == before
+    assert [what for what, *_ in first] == ["first: ensemble, 1-shot", "first: ensemble, 3-shot"]
+    assert [row[1:] for row in first] == [row[1:] for row in again]
+    assert all(20 < now < 100 for _, _, now, _ in first)

@@ -1,6 +1,7 @@
 """One-at-a-time sweeps: what is changed, what is shared, and a whole study in small."""
 
 import json
+import shutil
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -57,6 +58,25 @@ def test_a_whole_study(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("made.json")} == made
     assert (folder / "effects.json").read_bytes() == first
     studied.check_sample(folder / "effects.json", tmp_path / "store")
+
+
+def test_workers_change_no_number(recipe: Path, tmp_path: Path) -> None:
+    study = EffectsStudy(recipe=str(recipe), factors=("alpha", "classes"), seeds=2, steps=1, alpha=(0.0, 0.1),
+                         classes=(2, 3), classes_models=2, classes_epochs=1)  # fmt: skip
+    one, two = (study.measure(Store(tmp_path / str(jobs), jobs=jobs)) for jobs in (1, 2))
+    assert one == two
+    assert len({row["mean"] for row in one.rows}) > 2
+
+
+def test_a_larger_pool_is_for_models_and_groups(recipe: Path, tmp_path: Path) -> None:
+    study = EffectsStudy(recipe=str(recipe), models=(1, 3), groups=(1, 2), pool=str(tmp_path / "larger"))
+    *_, pool = study.opened()
+    shutil.copytree(pool.path, tmp_path / "larger")
+    larger = study._larger(pool)
+    assert larger.path == tmp_path / "larger"
+    with pytest.raises(MetapoolError, match=r"shape \(1, 32, 32\); those of the recipe's pool, \(1, "):
+        study.model_copy(update={"pool": "icons-30"})._larger(pool)
+    assert study.sample()._larger(pool) is pool, "a check of a result needs no pool but the recipe's"
 
 
 def test_mistakes_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

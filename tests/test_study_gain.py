@@ -17,7 +17,7 @@ from metapool.base.images import InputSpec
 from metapool.base.store import Store
 from metapool.evaluate import evaluate
 from metapool.interface.cli import main
-from metapool.interface.studies.gain import GainStudy, said, train_pair, trend
+from metapool.interface.studies.gain import GainStudy, explained, said, train_pair, trend
 from metapool.interface.studies.trials import draw_exam
 
 SETTINGS: dict[str, Any] = {
@@ -48,14 +48,18 @@ def test_a_whole_study(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     first = (folder / "gain.json").read_bytes()
     result = json.loads(first)
     rows = result["rows"]
-    assert [row["overlap"] for row in rows if row["varies"] == "overlap"] == [2, 2, 1, 1, 0, 0]
+    assert [row["overlap"] for row in rows if row["varies"] == "overlap"] == [2, 2, 1, 1, 0, 0] * 2
     assert {row["heterogeneity"] for row in rows} == {0.0, round(2 / 3, 4), 1.0}
     assert [row["architecture"] for row in rows if row["varies"] == "architecture"] == ["resnet10:2"] * 2
-    assert set(result["summary"]["basic alone"]) == {"1-shot", "5-shot"}
-    assert any(row["5-shot gain"] for row in rows)
+    recovered, real = ([row for row in rows if row["inputs"] == kind] for kind in ("recovered", "real images"))
+    assert (len(recovered), len(real)) == (8, 6), "real images know no architecture"
+    assert any(row["5-shot gain"] for row in recovered)
+    assert [row["5-shot gain"] for row in recovered[:6]] != [row["5-shot gain"] for row in real]
+    alone = result["summary"]["basic alone"]
+    assert alone["recovered"] != alone["real images"]
     assert result["answer"] in capsys.readouterr().out
-    for shot in (1, 5):
-        assert ElementTree.parse(folder / f"gain-{shot}-shot.svg").getroot().tag.endswith("svg")
+    for name in ("recovered-images-1-shot", "recovered-images-5-shot", "real-images-1-shot", "real-images-5-shot"):
+        assert ElementTree.parse(folder / f"gain-{name}.svg").getroot().tag.endswith("svg")
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("made.json")}
     main(flags(data, tmp_path))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("made.json")} == made
@@ -97,13 +101,27 @@ def planted(shape: list[float], noise: float = 0.2) -> list[float]:
 def test_the_answer_follows_what_is_planted(shape: list[float], answer: str) -> None:
     gained = planted(shape)
     found = trend(HETEROGENEITY, gained)
-    assert answer in said(found)
+    assert answer in said(found, 0.5)
+    assert "explains 50 % of" in said(found, 0.5)
     rank = found["rank correlation"]
     assert rank.mean == pytest.approx(stats.spearmanr(HETEROGENEITY, gained).statistic, abs=1e-12)
     means = np.array(gained).reshape(6, 5).mean(1)
     assert found["above the alike"].mean == pytest.approx(means[1:5].mean() - means[0], abs=1e-12)
     assert found["above the unlike"].mean == pytest.approx(means[1:5].mean() - means[5], abs=1e-12)
     assert all(part.low <= part.mean <= part.high for part in found.values() if part is not rank)
+
+
+def test_what_heterogeneity_explains_is_the_share_of_variance_between() -> None:
+    random = np.random.default_rng(0)
+    places = np.repeat(np.arange(4), 2000) / 3
+    between = np.array([0.0, 3.0, 1.0, 0.0])
+    gained = np.repeat(between, 2000) + 2 * random.standard_normal(8000)
+    assert explained(places.tolist(), gained.tolist()) == pytest.approx(between.var() / (between.var() + 4), abs=0.02)
+    nothing = [explained(HETEROGENEITY, random.standard_normal(30).tolist())
+               for _ in range(300)]  # fmt: skip
+    assert np.mean(nothing) == pytest.approx(0, abs=0.03), "not of chance alone"
+    assert explained(HETEROGENEITY, HETEROGENEITY) == 1
+    assert explained(HETEROGENEITY, [1.0] * 30) == 0
 
 
 def test_bootstrap_intervals_are_about_as_wide_as_theory_says() -> None:

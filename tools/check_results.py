@@ -11,13 +11,14 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from metapool.base.store import Store
 from metapool.evaluate import evaluate
-from metapool.interface.recipe import Recipe, load_recipe, workers
-from metapool.interface.run import Job, prepare
+from metapool.interface.recipe import SHIPPED, Recipe, workers
+from metapool.interface.run import prepare
 from metapool.interface.studies import STUDIES
 from metapool.methods import load_model
 
@@ -28,19 +29,21 @@ Found = tuple[str, float, float, float]
 """What a number is, as it is committed, as it comes out now, and how far these may lie apart."""
 
 
-def accuracies(job: Job, name: str, seed: int) -> dict[str, float]:
-    """Mean accuracies of one row of a table of methods.
+@cache
+def accuracies(recipe: str, row: str) -> dict[str, float]:
+    """Mean accuracies of one row of a table of methods; tables that share pool and episodes share them.
 
     Args:
-        job: the table's recipe, opened.
-        name: of the row.
-        seed: of the fit.
+        recipe: JSON of a recipe whose method is the ensemble.
+        row: ``ensemble``, or a reference of the recipe.
 
     Returns:
         Percent by number of shots.
     """
-    known = job.references.get(name)
-    model = load_model(known) if known else job.methods[name].fit(job.pool, job.store, seed, job.validation)
+    asked = Recipe.model_validate_json(recipe)
+    job = prepare(asked)
+    known = job.references.get(row)
+    model = load_model(known) if known else job.methods[row].fit(job.pool, job.store, asked.seed, job.validation)
     scores = evaluate(model, job.images, job.episodes)
     return {str(shot): score.interval.mean for shot, score in scores.items()}
 
@@ -57,11 +60,14 @@ def rows_of_methods(name: str, recipe: dict[str, Any], table: dict[str, Any], st
     Yields:
         One number for each row and shot.
     """
-    job = prepare(Recipe.model_validate({**recipe, "store": str(store), "jobs": 1}))
+    kept = {key: recipe[key] for key in ("pool", "limit", "references", "evaluation", "seed") if key in recipe}
+    cheap = Recipe.model_validate(
+        {**kept, "method": {"name": "ensemble"}, "compare": [], "store": str(store), "jobs": 1}
+    )
     for row in ("ensemble", "oracle"):
         if row not in table:
             continue
-        for shot, now in accuracies(job, row, recipe["seed"]).items():
+        for shot, now in accuracies(cheap.model_dump_json(), row).items():
             yield f"{name}: {row}, {shot}-shot", table[row]["shots"][shot]["mean"], now, POINTS
 
 
@@ -96,20 +102,18 @@ def found(store: Path) -> Iterator[Found]:
     Yields:
         All numbers that are compared.
     """
-    for path in sorted(RESULTS.glob("*/run.json")):
+    for path in sorted(RESULTS.glob("**/run.json")):
+        recipe = json.loads(path.read_text())["recipe"]
+        if not ((SHIPPED / recipe["pool"]).is_dir() or Path(recipe["pool"]).is_dir()):
+            made = "docs/scenarios.md says how to make it"
+            print(f"skipped {path.parent.name}: there is no {recipe['pool']}; {made}", flush=True)
+            continue
         scores = json.loads((path.parent / "scores.json").read_text())
-        yield from rows_of_methods(path.parent.name, json.loads(path.read_text())["recipe"], scores["methods"], store)
+        yield from rows_of_methods(path.parent.name, recipe, scores["methods"], store)
     for name in ("methods", "differences"):
         if (path := RESULTS / f"{name}.json").is_file():
             result = json.loads(path.read_text())
             yield from rows_of_methods(name, result["recipe"], result["methods"], store)
-    for path in sorted((RESULTS / "scenarios").glob("*.json")):
-        recipe = load_recipe(path.stem.replace("-", "/"))
-        if Path(recipe.pool).is_dir():
-            rows = json.loads(path.read_text())["methods"]
-            yield from rows_of_methods(path.stem, recipe.model_dump(mode="json"), rows, store)
-        else:
-            print(f"skipped {path.stem}: there is no {recipe.pool}; docs/scenarios.md says how to make it", flush=True)
     for path in sorted((RESULTS / "studies").glob("*.json")):
         yield from rows_of_study(path, store)
 

@@ -134,11 +134,11 @@ def _pairs(scores: Scores, headline: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _sheets(path: Path, models: Sequence[PoolModel]) -> dict[str, list[dict[str, Any]]]:
-    """Strips of images per class and model: some models of each architecture, then the rest."""
+    """Strips of images per class and model: some models of each architecture from all over the pool, then the rest."""
     sheets: dict[str, list[dict[str, Any]]] = {"first": [], "rest": []}
     if not path.exists():
         return sheets
-    shown: dict[str, int] = {}
+    shown = _spread(models)
     try:
         with np.load(path, allow_pickle=False) as gallery:
             for model in models:
@@ -152,12 +152,24 @@ def _sheets(path: Path, models: Sequence[PoolModel]) -> dict[str, list[dict[str,
                     (name, figures.recovered_sheet(images[i * per_class : (i + 1) * per_class][:SHOWN_IMAGES]))
                     for i, name in enumerate(model.classes[:SHOWN_CLASSES])
                 ]
-                shown[model.architecture] = shown.get(model.architecture, 0) + 1
-                place = "first" if shown[model.architecture] <= SHOWN_PER_ARCHITECTURE else "rest"
+                place = "first" if model.id in shown else "rest"
                 sheets[place].append({"model": model, "strips": strips, "more": len(model.classes) - len(strips)})
     except (ValueError, OSError) as error:
         raise MetapoolError(f"{path} is not a gallery of recovered images: {error}") from error
     return sheets
+
+
+def _spread(models: Sequence[PoolModel]) -> set[str]:
+    """Ids of a few models of each architecture; all together lie evenly over the pool, and so in all of its domains."""
+    architectures: dict[str, list[str]] = {}
+    for model in models:
+        architectures.setdefault(model.architecture, []).append(model.id)
+    parts = SHOWN_PER_ARCHITECTURE * len(architectures)
+    return {
+        ids[(turn * len(architectures) + place) * len(ids) // parts]
+        for place, ids in enumerate(architectures.values())
+        for turn in range(SHOWN_PER_ARCHITECTURE)
+    }
 
 
 def _grouping(path: Path, models: Sequence[PoolModel]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from metapool.base.images import LabelledImages
 from metapool.base.store import Store, generator_for
 from metapool.evaluate import Interval, Scores
 from metapool.interface.figures.effects import Level, effects
-from metapool.interface.recipe import Recipe, meta_train_images
+from metapool.interface.recipe import Recipe, meta_train_images, open_pool
 from metapool.interface.studies.study import Findings
 from metapool.interface.studies.training import Wanted, trained_pool
 from metapool.interface.studies.trials import (
@@ -61,10 +61,12 @@ class EffectsStudy(TrialStudy):
     """Trainings of each value, with the seeds 0, 1, …"""
     steps: int = pydantic.Field(default=8, ge=1)
     """Steps of each training, each with the recipe's replay."""
+    pool: str | None = None
+    """A larger pool, by name or folder, for models and groups; else the recipe's, as for all other factors."""
     models: Counts = (1, 5, 10, 30)
     """Models of the pool, from its start."""
     groups: Counts = (1, 3, 5, 7)
-    """Groups. 30 models, of which a step takes 4, make 7 groups at most."""
+    """Groups. 30 models, of which a step takes 4, make 7 groups at most; a larger pool makes more."""
     teachers: Counts = (1, 2, 4, 8)
     """Models of a step; more of them leave fewer groups, since no group may be smaller."""
     alpha: tuple[pydantic.NonNegativeFloat, ...] = pydantic.Field(default=(0.0, 1e-3, 2e-3, 1e-2), min_length=2)
@@ -105,7 +107,9 @@ class EffectsStudy(TrialStudy):
         """
         recipe, method, pool = self.opened()
         base = method.model_copy(update={"steps": self.steps, "check_every": self.steps})
-        asked = {factor: self._levels(factor, recipe, base, pool, store) for factor in self.factors}
+        larger = self._larger(pool)
+        pools = {factor: larger if factor in {"models", "groups"} else pool for factor in self.factors}
+        asked = {factor: self._levels(factor, recipe, base, pools[factor], store) for factor in self.factors}
         shapes = {shape: None for levels in asked.values() for level in levels for shape in level.shapes}
         exam = self.exam(recipe, pool, shapes)
         trials = {
@@ -139,6 +143,18 @@ class EffectsStudy(TrialStudy):
         return Findings(
             rows, _answer({f: (a.value, b.value, gap) for f, (a, b, gap) in gaps.items()}, self.seeds), summary
         )
+
+    def _larger(self, pool: ModelPool) -> ModelPool:
+        """The pool for models and groups."""
+        if self.pool is None or not {"models", "groups"} & set(self.factors):
+            return pool
+        larger = open_pool(self.pool)
+        if larger.input.shape != pool.input.shape:
+            raise MetapoolError(
+                f"pool {self.pool}: its images have shape {larger.input.shape}; "
+                f"those of the recipe's pool, {pool.input.shape}, are scored on"
+            )
+        return larger
 
     def _levels(self, factor: Factor, recipe: Recipe, base: TGR, pool: ModelPool, store: Store) -> "Sequence[_Level]":
         """The values of one factor; the first and the last are compared in the answer."""

@@ -4,12 +4,14 @@ r"""Accuracy gain: what a second model, more or less unlike the first one, adds 
 code (empirical.py), a step takes an episode of either bank and both losses count alike; what a pair is compared with
 is the basic model's bank taken twice, so that it sees as many episodes. The released code draws all classes from ten,
 which leaves one class set without overlap; here the classes that are not shared come from all that there are.
+
+The same pairs are trained on real images of the models' classes too: what recovery loses cannot hide a trend there.
 """
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import pydantic
@@ -26,21 +28,22 @@ from metapool.base.store import Store, generator_for, seed_for
 from metapool.episodes import draw_episodes
 from metapool.evaluate import Interval, Scores
 from metapool.gradients import Batch, mean_gradient, task_gradients
-from metapool.interface.figures.gains import gains
+from metapool.interface.figures import gains as figure
 from metapool.interface.recipe import evaluation_images, training_images
+from metapool.interface.studies.inputs import bank_of
 from metapool.interface.studies.study import Findings, Study, tgr_recipe
 from metapool.interface.studies.training import Wanted, trained_pool
 from metapool.interface.studies.trials import Exam, Shape, draw_exam, in_words, rounded
 from metapool.learners import MAML, AnyLearner, ProtoNet, episode_loss
 from metapool.meta_model import MetaModel
 from metapool.realdata.pretrain import PoolSettings
-from metapool.recover import recover_pool
 from metapool.student import Student
 from metapool.training import Training
 
 VERSION = 1
 RESAMPLES = 1000
 SHOTS = (1, 5)
+COLUMNS = tuple(f"{shot}-shot gain" for shot in SHOTS)
 LEARNERS: Mapping[str, tuple[AnyLearner, float]] = {
     "protonet": (ProtoNet(normalise=True, temperature=0.15), 5e-3),
     "maml": (MAML(), 1e-3),
@@ -48,13 +51,15 @@ LEARNERS: Mapping[str, tuple[AnyLearner, float]] = {
 """By name, with the learning rate of Adam."""
 _BASIC = "basic"
 
+Inputs = Literal["recovered", "real images"]
+
 
 class GainStudy(Study):
     """Pairs of a basic model and an auxiliary one; whether what the second adds rises and falls with heterogeneity."""
 
     title: ClassVar[str] = "What does a second model add, by how unlike the first one it is?"
     source: ClassVar[str] = "TGR, definition 3.1 and figure 2"
-    named: ClassVar[tuple[str, ...]] = ("model",)
+    named: ClassVar[tuple[str, ...]] = ("inputs", "model")
 
     data: str = "icons"
     """Real images: a shipped domain, or a folder with ``train``, ``val`` and ``test`` (read as 32×32, grey)."""
@@ -71,8 +76,10 @@ class GainStudy(Study):
     architecture is all that differs."""
     epochs: int = pydantic.Field(default=15, ge=1)
     """Passes over the training images of each model."""
+    inputs: tuple[Inputs, ...] = pydantic.Field(default=get_args(Inputs), min_length=1)
+    """What meta-models are trained on. Real images know no architecture, so other architectures are not tried there."""
     per_class: int = pydantic.Field(default=24, ge=1)
-    """Images recovered of every class; else as the main recipe does."""
+    """Images of every class; else recovered as the main recipe does."""
     recovery_steps: int = pydantic.Field(default=30, ge=0)
     """Steps of recovery; half the main recipe's."""
     learner: Literal["protonet", "maml"] = "protonet"
@@ -125,41 +132,42 @@ class GainStudy(Study):
         pool = trained_pool(real, models, PoolSettings(epochs=self.epochs), store, seed=0)
         _, method = tgr_recipe("main")
         recovery = method.recovery.model_copy(update={"per_class": self.per_class, "steps": self.recovery_steps})
-        bank, input = recover_pool(pool, recovery, store), pool.input
-        images = evaluation_images(self.data, self.split, input)
+        images = evaluation_images(self.data, self.split, pool.input)
         exam = draw_exam(images, [(self.way, shot) for shot in SHOTS], self.query, self.episodes, 0)
-        scores = self._scores(bank, input, exam, store)
-
-        def gain(id: str, shape: Shape) -> float:
-            return float(np.mean([_percent(scores[id, seed][shape]) - _percent(scores[_BASIC, seed][shape])
-                                  for seed in range(self.seeds)]))  # fmt: skip
-
         accuracies = {entry.id: entry.accuracy for entry in pool.manifest.models}
-        rows = []
-        for id, (network, overlap, by) in about.items():
-            shared: dict[str, Any] = {"model": id, "varies": by, "architecture": network, "overlap": overlap}
-            shared["heterogeneity"] = round(1 - overlap / (2 * self.way - overlap), 4)
-            found = {f"{shape[1]}-shot gain": round(gain(id, shape), 3) for shape in exam.episodes}
-            rows.append({**shared, "own accuracy": accuracies[id], **found, "seeds": self.seeds})
-        basic = {
-            f"{shape[1]}-shot": float(np.mean([_percent(scores[_BASIC, seed][shape]) for seed in range(self.seeds)]))
-            for shape in exam.episodes
-        }
-        by_overlap = [row for row in rows if row["varies"] == "overlap"]
-        trends = {
-            f"{shot}-shot": trend(
-                [row["heterogeneity"] for row in by_overlap], [row[f"{shot}-shot gain"] for row in by_overlap]
-            )
-            for shot in SHOTS
-        }
-        summary = {
-            "basic alone": {name: round(value, 3) for name, value in basic.items()},
-            "trend": {name: {part: rounded(found) for part, found in parts.items()} for name, parts in trends.items()},
-            **exam.key(),
-        }
-        sentences = [f"{name}: {said(parts)}" for name, parts in trends.items()]
-        head = f"{len(by_overlap)} auxiliary models at {self.way + 1} overlaps, {self.seeds} trainings of each. "
-        return Findings(rows, head + " ".join(sentences), summary)
+        rows: list[dict[str, Any]] = []
+        sentences: list[str] = []
+        summary: dict[str, dict[str, Any]] = {"basic alone": {}, "trend": {}}
+        for kind in self.inputs:
+            tried = {id: found for id, found in about.items() if kind == "recovered" or found[2] == "overlap"}
+            bank = bank_of(kind, pool, recovery, real, store)
+            scores = self._scores(bank, [_BASIC, *tried], pool.input, exam, store)
+            reached = {
+                id: np.mean([[_percent(scores[id, seed][shape]) for shape in exam.episodes]
+                             for seed in range(self.seeds)], axis=0)
+                for id in (_BASIC, *tried)
+            }  # fmt: skip
+            own: list[dict[str, Any]] = []
+            for id, (network, overlap, by) in tried.items():
+                row: dict[str, Any] = {"inputs": kind, "model": id, "varies": by, "architecture": network}
+                row |= {"overlap": overlap, "heterogeneity": round(1 - overlap / (2 * self.way - overlap), 4)}
+                row |= {"own accuracy": accuracies[id]}
+                gains = (reached[id] - reached[_BASIC]).round(3).tolist()
+                own.append({**row, **dict(zip(COLUMNS, gains)), "seeds": self.seeds})
+            rows += own
+            summary["basic alone"][kind] = dict(zip(COLUMNS, reached[_BASIC].round(3).tolist()))
+            varied = [row for row in own if row["varies"] == "overlap"]
+            unlike = [row["heterogeneity"] for row in varied]
+            summary["trend"][kind] = {}
+            for column, shot in zip(COLUMNS, SHOTS):
+                gained = [row[column] for row in varied]
+                parts, share = trend(unlike, gained), explained(unlike, gained)
+                found = {part: rounded(interval) for part, interval in parts.items()}
+                summary["trend"][kind][column] = {**found, "explained": round(share, 3)}
+                sentences.append(f"{kind.capitalize()}, {shot}-shot: {said(parts, share)}")
+        models_tried = self.sets * (self.way + 1)
+        head = f"{models_tried} auxiliary models at {self.way + 1} overlaps, {self.seeds} trainings of each. "
+        return Findings(rows, head + " ".join(sentences), {**summary, **exam.key()})
 
     def _models(self, classes: int) -> tuple[dict[str, Wanted], dict[str, tuple[str, int, str]]]:
         """What to train; and, of auxiliary models, architecture, overlap, and which of the two varies."""
@@ -186,13 +194,13 @@ class GainStudy(Study):
         return models, about
 
     def _scores(
-        self, bank: TaskBank, input: InputSpec, exam: Exam, store: Store
+        self, bank: TaskBank, ids: Sequence[str], input: InputSpec, exam: Exam, store: Store
     ) -> dict[tuple[str, int], dict[Shape, Scores]]:
         """Of every pair and seed; the basic model's pair is itself."""
-        exclude = {"data", "split", "sets", "architectures", "architectures_overlap", "epochs", "per_class"}
+        exclude = {"data", "split", "sets", "architectures", "architectures_overlap", "epochs", "inputs", "per_class"}
         own = self.model_dump(mode="json", exclude={*exclude, "recovery_steps", "seeds", "episodes"})
         shared = {**own, "input": input.model_dump(), **exam.key(), "version": VERSION}
-        pairs = {f"{id}/{seed}": (id, seed) for seed in range(self.seeds) for id in bank}
+        pairs = {f"{id}/{seed}": (id, seed) for seed in range(self.seeds) for id in ids}
         keys = {
             name: {**shared, "banks": [bank.folders[_BASIC].name, bank.folders[id].name], "seed": seed}
             for name, (id, seed) in pairs.items()
@@ -207,23 +215,26 @@ class GainStudy(Study):
             findings: what was measured.
 
         Returns:
-            A figure for each number of shots.
+            A figure for each kind of inputs and number of shots.
         """
         drawn: dict[str, str] = {}
-        for shot in SHOTS:
-            overlaps: dict[str, list[float]] = {}
-            architectures: dict[str, list[float]] = {}
-            for row in findings.rows:
-                value = float(str(row[f"{shot}-shot gain"]))
-                if row["varies"] == "overlap":
-                    overlaps.setdefault(str(row["overlap"]), []).append(value)
-                if row["overlap"] == self.architectures_overlap:
-                    architectures.setdefault(str(row["architecture"]).partition(":")[0], []).append(value)
-            drawn[f"{shot}-shot"] = gains(
-                {f"classes shared with the basic model of {self.way}": overlaps,
-                 f"architecture, {self.architectures_overlap} classes shared": architectures},
-                f"{shot}-shot accuracy gain, points",
-            )  # fmt: skip
+        for kind in self.inputs:
+            rows = [row for row in findings.rows if row["inputs"] == kind]
+            for column, shot in zip(COLUMNS, SHOTS):
+                overlaps: dict[str, list[float]] = {}
+                architectures: dict[str, list[float]] = {}
+                for row in rows:
+                    value = float(str(row[column]))
+                    if row["varies"] == "overlap":
+                        overlaps.setdefault(str(row["overlap"]), []).append(value)
+                    if row["overlap"] == self.architectures_overlap:
+                        architectures.setdefault(str(row["architecture"]).partition(":")[0], []).append(value)
+                panels = {f"classes shared with the basic model of {self.way}": overlaps}
+                if len(architectures) > 1:
+                    panels[f"architecture, {self.architectures_overlap} classes shared"] = architectures
+                words = "recovered images" if kind == "recovered" else kind
+                name = f"{words.replace(' ', '-')}-{shot}-shot"
+                drawn[name] = figure.gains(panels, f"{shot}-shot accuracy gain, points; {words}")
         return drawn
 
 
@@ -301,11 +312,32 @@ def _trend(
     return correlation, middle - means[0], middle - means[-1]
 
 
-def said(parts: Mapping[str, Interval]) -> str:
+def explained(heterogeneity: Sequence[float], gain: Sequence[float]) -> float:
+    """Share of the gains' variance that heterogeneity explains, whatever the shape: adjusted η².
+
+    One less the variance within values of heterogeneity over the variance of all, both unbiased, so that it is 0 in the
+    mean where there is nothing to explain, and may be below.
+
+    Args:
+        heterogeneity: one for each auxiliary model.
+        gain: in points.
+
+    Returns:
+        At most 1; 0 where all gains are equal.
+    """
+    values, gained = np.asarray(heterogeneity), np.asarray(gain, dtype=np.float64)
+    strata = [gained[values == value] for value in np.unique(values)]
+    within = sum(float(((stratum - stratum.mean()) ** 2).sum()) for stratum in strata) / (len(gained) - len(strata))
+    every = float(gained.var(ddof=1))
+    return 1 - within / every if every > 0 else 0.0
+
+
+def said(parts: Mapping[str, Interval], share: float) -> str:
     """The answer for one number of shots.
 
     Args:
         parts: of :func:`trend`.
+        share: of :func:`explained`.
 
     Returns:
         A sentence.
@@ -321,7 +353,8 @@ def said(parts: Mapping[str, Interval]) -> str:
         shape = "the gain neither rises nor falls clearly with heterogeneity"
     return (
         f"{shape} (rank correlation {rank.mean:+.2f}, {rank.low:+.2f} to {rank.high:+.2f}; overlaps between the ends "
-        f"against all classes shared {in_words(alike)} points, against none {in_words(unlike)})."
+        f"against all classes shared {in_words(alike)} points, against none {in_words(unlike)}; overlap explains "
+        f"{100 * max(0.0, share):.0f} % of the variance between auxiliary models)."
     )
 
 

@@ -113,7 +113,7 @@ class MattersStudy(TrialStudy):
                 "Does recovery matter?",
                 tuple(Variant(kind, {"names": 0.0}, kind) for kind in KINDS),
                 "recovered",
-                ("untrained generators",),
+                ("untrained generators", "drawn strokes"),
                 (_REPLAY,),
             ),
             Question(
