@@ -70,13 +70,15 @@ def test_workers_change_no_number(recipe: Path, tmp_path: Path) -> None:
 
 def test_a_larger_pool_is_for_models_and_groups(recipe: Path, tmp_path: Path) -> None:
     study = EffectsStudy(recipe=str(recipe), models=(1, 3), groups=(1, 2), pool=str(tmp_path / "larger"))
-    *_, pool = study.opened()
+    _, base, pool = study.opened()
     shutil.copytree(pool.path, tmp_path / "larger")
-    larger = study._larger(pool)
-    assert larger.path == tmp_path / "larger"
+    larger, method = study._larger(pool, base)
+    assert (larger.path, method) == (tmp_path / "larger", base)
+    _, method = study.model_copy(update={"pool_images": 2})._larger(pool, base)
+    assert method.recovery.per_class == 2 != base.recovery.per_class
     with pytest.raises(MetapoolError, match=r"shape \(1, 32, 32\); those of the recipe's pool, \(1, "):
-        study.model_copy(update={"pool": "icons-30"})._larger(pool)
-    assert study.sample()._larger(pool) is pool, "a check of a result needs no pool but the recipe's"
+        study.model_copy(update={"pool": "icons-30"})._larger(pool, base)
+    assert study.sample()._larger(pool, base) == (pool, base), "a check of a result needs no pool but the recipe's"
 
 
 def test_mistakes_are_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,8 @@ AXES: Mapping[Factor, str] = {
     "shot": "support images of a class",
 }
 """What the horizontal axis of each factor shows."""
+_OF_POOL = frozenset({"models", "groups"})
+"""Factors for which a larger pool may be given."""
 
 Counts = Annotated[tuple[Annotated[int, pydantic.Field(ge=1)], ...], pydantic.Field(min_length=2)]
 
@@ -63,6 +65,8 @@ class EffectsStudy(TrialStudy):
     """Steps of each training, each with the recipe's replay."""
     pool: str | None = None
     """A larger pool, by name or folder, for models and groups; else the recipe's, as for all other factors."""
+    pool_images: int | None = pydantic.Field(default=None, ge=1)
+    """Images recovered of a class of that pool, since every model answers to all of them; else as in the recipe."""
     models: Counts = (1, 5, 10, 30)
     """Models of the pool, from its start."""
     groups: Counts = (1, 3, 5, 7)
@@ -107,9 +111,11 @@ class EffectsStudy(TrialStudy):
         """
         recipe, method, pool = self.opened()
         base = method.model_copy(update={"steps": self.steps, "check_every": self.steps})
-        larger = self._larger(pool)
-        pools = {factor: larger if factor in {"models", "groups"} else pool for factor in self.factors}
-        asked = {factor: self._levels(factor, recipe, base, pools[factor], store) for factor in self.factors}
+        larger = self._larger(pool, base)
+        asked = {
+            factor: self._levels(factor, recipe, *(larger if factor in _OF_POOL else (pool, base)), store)
+            for factor in self.factors
+        }
         shapes = {shape: None for levels in asked.values() for level in levels for shape in level.shapes}
         exam = self.exam(recipe, pool, shapes)
         trials = {
@@ -144,19 +150,19 @@ class EffectsStudy(TrialStudy):
             rows, _answer({f: (a.value, b.value, gap) for f, (a, b, gap) in gaps.items()}, self.seeds), summary
         )
 
-    def _larger(self, pool: ModelPool) -> ModelPool:
-        """The pool for models and groups."""
-        if self.pool is None or not {"models", "groups"} & set(self.factors):
-            return pool
+    def _larger(self, pool: ModelPool, base: TGR) -> tuple[ModelPool, TGR]:
+        """The pool for models and groups, and the method with its number of images."""
+        if self.pool is None or not _OF_POOL & set(self.factors):
+            return pool, base
         larger = open_pool(self.pool)
         if larger.input.shape != pool.input.shape:
             raise MetapoolError(
                 f"pool {self.pool}: its images have shape {larger.input.shape}; "
                 f"those of the recipe's pool, {pool.input.shape}, are scored on"
             )
-        return larger
+        return larger, base if self.pool_images is None else _with_images(base, self.pool_images)
 
-    def _levels(self, factor: Factor, recipe: Recipe, base: TGR, pool: ModelPool, store: Store) -> "Sequence[_Level]":
+    def _levels(self, factor: Factor, recipe: Recipe, pool: ModelPool, base: TGR, store: Store) -> "Sequence[_Level]":
         """The values of one factor; the first and the last are compared in the answer."""
         way, shots = recipe.evaluation.way, recipe.evaluation.shots
         shapes = tuple((way, shot) for shot in shots)
@@ -173,11 +179,8 @@ class EffectsStudy(TrialStudy):
             return [_Level(f"classes/{value}", value, own, base, shapes) for value, own in pools.items()]
         changed: list[tuple[float, TGR]] = []
         for value in getattr(self, factor):
-            if factor == "images":
-                update = {"recovery": base.recovery.model_copy(update={"per_class": value})}
-            else:
-                update = {factor: value}
-            changed.append((value, base.model_copy(update=update)))
+            own = _with_images(base, value) if factor == "images" else base.model_copy(update={factor: value})
+            changed.append((value, own))
         return [_Level(f"{factor}/{value}", f"{value:g}", pool, own, shapes) for value, own in changed]
 
     def _pools_of_classes(self, recipe: Recipe, pool: ModelPool, store: Store) -> dict[str, ModelPool]:
@@ -224,6 +227,10 @@ class _Level:
     pool: ModelPool
     method: TGR
     shapes: tuple[Shape, ...]
+
+
+def _with_images(method: TGR, count: int) -> TGR:
+    return method.model_copy(update={"recovery": method.recovery.model_copy(update={"per_class": count})})
 
 
 def _tasks(images: LabelledImages, counts: Sequence[int], network: str) -> dict[str, Wanted]:
