@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from metapool.interface.report.files import Accuracy, MethodScore, Run, Scores, read_json
+from metapool.interface.report.wording import common_shots, paired_gap, ranked
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "results.md"
@@ -87,36 +88,27 @@ def section(title: str, run: Run, scores: Scores) -> str:
     Returns:
         Markdown: a table, best method first, and for pools of several domains one of these.
     """
-    order = sorted(scores.methods, key=lambda name: -sum(one.mean for one in scores.methods[name].shots.values()))
-    shots = sorted(scores.methods[order[0]].shots)
-    gaps = {(gap.b, gap.shot): gap for gap in scores.paired if gap.a == run.headline}
-    gaps |= {
-        (gap.a, gap.shot): gap.model_copy(update={"mean": -gap.mean, "low": -gap.high, "high": -gap.low})
-        for gap in scores.paired
-        if gap.b == run.headline
-    }
+    shots = common_shots(scores)
 
     def cells(name: str, row: MethodScore) -> list[str]:
         found = []
         for shot in shots:
-            gap = gaps.get((name, shot))
+            gap = paired_gap(scores, run.headline, name, shot)
             found += [_accuracy(row.shots, shot), f"{gap.mean:+.1f} ({gap.low:+.1f} to {gap.high:+.1f})" if gap else ""]
         return [*found, str(row.models_at_inference), f"{row.ms_per_image:.2f}"]
 
     heads = [part for shot in shots for part in (f"{shot}-shot", "difference")]
-    lines = _table(["method", *heads, "networks", "ms / image"], order, run, scores, cells)
-    domains = list(scores.methods[order[0]].domains)
+    lines = _table(["method", *heads, "networks", "ms / image"], run, scores, cells)
+    domains = list(scores.methods[run.headline].domains)
     if domains:
-        heads = [f"{domain}, {shot}-shot" for domain in domains for shot in shots]
         pairs = [(domain, shot) for domain in domains for shot in shots]
-        by_domain = _table(
-            ["method", *heads],
-            order,
-            run,
-            scores,
-            lambda _, row: [_accuracy(row.domains[domain], shot) for domain, shot in pairs],
-        )
-        lines = [*lines, "", "The table above has means over domains; each alone:", "", *by_domain]
+
+        def by_domain(_: str, row: MethodScore) -> list[str]:
+            return [_accuracy(row.domains[domain], shot) for domain, shot in pairs]
+
+        heads = [f"{domain}, {shot}-shot" for domain, shot in pairs]
+        alone = _table(["method", *heads], run, scores, by_domain)
+        lines = [*lines, "", "The table above has means over domains; each alone:", "", *alone]
     about, kinds = scores.episodes, sorted({model.architecture for model in run.pool.models})
     accuracies = [model.accuracy for model in run.pool.models if model.accuracy is not None]
     own = f", right in {sum(accuracies) / len(accuracies):.1f} % of held-out images of their own classes" * bool(
@@ -129,15 +121,9 @@ def section(title: str, run: Run, scores: Scores) -> str:
     return "\n".join([f"## {title}: `{run.name}`", "", f"{pool} {drawn}", "", *lines, "", made, ""])
 
 
-def _table(
-    heads: Sequence[str],
-    order: Sequence[str],
-    run: Run,
-    scores: Scores,
-    cells: Callable[[str, MethodScore], list[str]],
-) -> list[str]:
+def _table(heads: Sequence[str], run: Run, scores: Scores, cells: Callable[[str, MethodScore], list[str]]) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for name in order:
+    for name in ranked(scores):
         row = scores.methods[name]
         label = f"**{name}**" if name == run.headline else name if row.data_free else f"*{name}* (real images)"
         lines.append("| " + " | ".join([label, *cells(name, row)]) + " |")
